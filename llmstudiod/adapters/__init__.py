@@ -1,0 +1,1 @@
+"""What reads the outside world for the core: files, GGUF headers, the llama-server binary."""

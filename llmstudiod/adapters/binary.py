@@ -1,0 +1,123 @@
+"""Finds llama-server, asks it what it can do, and lets its own parser check a command line.
+
+Found by the setting, ``LLAMA_SERVER_PATH``, ``PATH``, then the embedded engine: never by a recipe or over HTTP.
+"""
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llmstudiod.core.command import ServerBinary
+from llmstudiod.core.flags import parse_help_flags, parse_known_flags
+from llmstudiod.errors import BinaryError
+
+PROBE_TIMEOUT_S = 20.0
+ENGINE = (sys.executable, "-m", "llmstudiod.engine")
+INSTALL_HINT = (
+    "install llama.cpp's llama-server (Debian: `apt install llama.cpp-tools`) or the embedded engine "
+    "(`pip install 'llmstudiod[engine]'`), or set llama_server in llmstudiod.yaml"
+)
+
+
+def find_binary(setting: str | None, environment: Mapping[str, str]) -> ServerBinary:
+    """Return the program to run, not yet asked anything.
+
+    Raises:
+        BinaryError: There is none, or the one that was named cannot be executed.
+    """
+    for source, path in (("llama_server", setting), ("LLAMA_SERVER_PATH", environment.get("LLAMA_SERVER_PATH"))):
+        if path:
+            return ServerBinary((_executable(path, source),), source)
+    found = shutil.which("llama-server", path=environment.get("PATH", os.defpath))
+    if found:
+        return ServerBinary((found,), "PATH")
+    if importlib.util.find_spec("xllamacpp") is not None:
+        return ServerBinary(ENGINE, "the embedded engine", is_engine=True)
+    raise BinaryError("there is no llama-server on this machine", hint=INSTALL_HINT)
+
+
+def _executable(path: str, source: str) -> str:
+    if not Path(path).is_absolute():
+        raise BinaryError(f"{source}: expected an absolute path, found '{path}'", hint=INSTALL_HINT)
+    if not Path(path).is_file():
+        raise BinaryError(f"{source}: there is no file '{path}'", hint=INSTALL_HINT)
+    if not os.access(path, os.X_OK):
+        raise BinaryError(f"{source}: '{path}' is not executable", hint=f"chmod +x {path}")
+    return path
+
+
+async def probe_binary(binary: ServerBinary) -> ServerBinary:
+    """Return ``binary`` with its version, flags and devices. Takes some 30 ms.
+
+    Raises:
+        BinaryError: It does not run.
+    """
+    version, completion, help_text, devices = await asyncio.gather(
+        *(_run([*binary.argv, flag]) for flag in ("--version", "--completion-bash", "--help", "--list-devices"))
+    )
+    if version[0] != 0:
+        raise BinaryError(
+            f"'{' '.join(binary.argv)} --version' ended with {version[0]}: {_last_line(version[1])}", hint=INSTALL_HINT
+        )
+    return ServerBinary(
+        argv=binary.argv,
+        source=binary.source,
+        version=next((line for line in version[1].splitlines() if "version" in line), "").removeprefix("version: "),
+        known_flags=parse_known_flags(completion[1]) | parse_help_flags(help_text[1]),
+        devices=_devices(devices[1]),
+        is_engine=binary.is_engine,
+    )
+
+
+async def check_argv(argv: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """Return what the binary's own parser has against ``argv``, or None. Takes 10 to 40 ms, reads no model."""
+    code, output = await _run([*argv, "--version"], environment)
+    if code == 0:
+        return None
+    telling = [line for line in output.splitlines() if line.startswith(("error", "error while"))]
+    return telling[0] if telling else _last_line(output) or f"it ended with {code}"
+
+
+async def _run(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run a command to its end; return its exit code and all that it printed."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=clean_environment() | dict(environment or {}),
+        )
+    except OSError as error:
+        raise BinaryError(f"cannot run '{argv[0]}': {error.strerror}", hint=INSTALL_HINT) from error
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), PROBE_TIMEOUT_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise BinaryError(f"'{' '.join(argv[:4])} …' did not end within {PROBE_TIMEOUT_S:.0f} s") from None
+    return process.returncode or 0, output.decode(errors="replace")
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment that children start from: nothing of ours that llama-server would read."""
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": "/nonexistent",
+        "LC_ALL": "C.UTF-8",
+        **({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}),
+    }
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    lines = [line.strip() for line in text.splitlines() if line.startswith("  ")]
+    return tuple(line.partition(":")[0] for line in lines if ":" in line)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else ""

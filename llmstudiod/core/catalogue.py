@@ -1,0 +1,113 @@
+"""The set of recipes in force, and the names by which requests may ask for them.
+
+Immutable: a reload makes a new one. No fuzzy match: a name is one of a recipe's own or it is unknown.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
+from llmstudiod.errors import BadRequestError, ModelNotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Recipes by id, ids by every name, and the faults of the recipes that were left out."""
+
+    entries: Mapping[str, RecipeEntry]
+    ids_by_name: Mapping[str, str]
+    faults: tuple[Fault, ...] = ()
+    default_id: str | None = None
+
+    def resolve(self, name: str | None) -> str:
+        """Return the id for the name in a request; None means that the request names no model.
+
+        Raises:
+            ModelNotFoundError: No recipe has this name.
+            BadRequestError: The request names no model and none is the default.
+        """
+        if name is None:
+            if self.default_id is None:
+                raise BadRequestError(
+                    f"the request names no model, and none of the {len(self.entries)} recipes is marked default",
+                    hint='put "model" into the request, or `default: true` into one recipe',
+                )
+            return self.default_id
+        found = self.ids_by_name.get(name)
+        if found is not None:
+            return found
+        close = difflib.get_close_matches(name[:200], self.ids_by_name, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "GET /v1/models lists the models"
+        broken = next((fault for fault in self.faults if fault.key == name), None)
+        if broken is not None:
+            hint = f"its recipe is faulty: {broken}"
+        raise ModelNotFoundError(f"there is no model '{name[:200]}'", hint=hint)
+
+
+def build_catalogue(candidates: Iterable[RecipeEntry], faults: Iterable[Fault] = ()) -> Catalogue:
+    """Return the catalogue of ``candidates``; one that claims a name already taken becomes a fault.
+
+    The first to come keeps an id; an id is stronger than anybody's alias. A recipe from a file wins over a GGUF
+    that is served without one, silently, since writing the recipe is how one replaces the defaults.
+    """
+    all_faults = list(faults)
+    entries: dict[str, RecipeEntry] = {}
+    candidates = list(candidates)
+    for entry in candidates:
+        if entry.file is None:
+            continue
+        known = entries.setdefault(entry.recipe.id, entry)
+        if known is not entry:
+            all_faults.append(_taken(entry, "id", entry.recipe.id, known))
+    owners = {model: model for model in entries}
+    for model in list(entries):
+        entry = entries[model]
+        clash = next((name for name in entry.recipe.names if owners.get(name, model) != model), None)
+        if clash is not None:
+            all_faults.append(_taken(entry, "aliases", clash, entries[owners[clash]]))
+            del entries[model]
+            owners = {name: owner for name, owner in owners.items() if owner != model}
+            continue
+        owners |= dict.fromkeys(entry.recipe.names, model)
+    for entry in candidates:
+        if entry.file is None and entry.recipe.id not in owners:
+            entries[entry.recipe.id] = entry
+            owners[entry.recipe.id] = entry.recipe.id
+    default_id, default_faults = _default(entries)
+    return Catalogue(
+        entries=MappingProxyType(entries),
+        ids_by_name=MappingProxyType(owners),
+        faults=tuple(all_faults + default_faults),
+        default_id=default_id,
+    )
+
+
+def _default(entries: Mapping[str, RecipeEntry]) -> tuple[str | None, list[Fault]]:
+    marked = [entry for entry in entries.values() if entry.recipe.default]
+    if not marked:
+        return (next(iter(entries)) if len(entries) == 1 else None), []
+    faults = [
+        Fault(
+            f"'{entry.recipe.id}' and '{marked[0].recipe.id}' are both marked default; the latter is used",
+            file=entry.file or "",
+            line=entry.line,
+            key="default",
+            hint="keep `default: true` in one recipe",
+            severity=Severity.WARNING,
+        )
+        for entry in marked[1:]
+    ]
+    return marked[0].recipe.id, faults
+
+
+def _taken(entry: RecipeEntry, key: str, name: str, owner: RecipeEntry) -> Fault:
+    place = f"{owner.file}:{owner.line}" if owner.line else (owner.file or "a GGUF without a recipe")
+    return Fault(
+        f"the name '{name}' of recipe '{entry.recipe.id}' is already taken by '{owner.recipe.id}' ({place})",
+        file=entry.file or "",
+        line=entry.line,
+        key=key,
+        hint="give one of them another name",
+    )

@@ -1,0 +1,201 @@
+"""The scheduler's language: events that go in, actions that come out. All frozen; time arrives inside events."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from llmstudiod.core.lifecycle import Failure, ModelSpec, UpstreamFacts
+from llmstudiod.errors import LlmstudioError
+
+
+class Timer(StrEnum):
+    """What a timer is for; one that fires too late or for an old run is ignored, so none is ever cancelled."""
+
+    IDLE = "idle"
+    DRAIN = "drain"
+    STALL = "stall"
+    OVERTAKE = "overtake"
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A request wants the model, or (``is_load``) an operator wants it ready."""
+
+    at: float
+    ticket: int
+    model: str
+    cost_tokens: int | None = None
+    is_load: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """The exchange is over, however it ended, or its client left while it waited."""
+
+    at: float
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAsked:
+    """An operator wants the model gone; ``is_forced`` does not wait for requests in flight."""
+
+    at: float
+    ticket: int
+    model: str
+    is_forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStarted:
+    """The launcher has the process running."""
+
+    at: float
+    model: str
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgressed:
+    """Something moved in a loading server: memory, file or log. ``progress`` is 0 to 1 where it is known."""
+
+    at: float
+    model: str
+    run: int
+    progress: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BecameReady:
+    """/health says 200 and /props that it is ours."""
+
+    at: float
+    model: str
+    run: int
+    facts: UpstreamFacts
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFailed:
+    """The unit could not be started, or its process ended without being asked to."""
+
+    at: float
+    model: str
+    run: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class UnitGone:
+    """A stop is complete: no process of this run is left."""
+
+    at: float
+    model: str
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A timer set by `SetTimer` has run out."""
+
+    at: float
+    model: str
+    run: int
+    timer: Timer
+
+
+@dataclass(frozen=True, slots=True)
+class SpecsChanged:
+    """The set of models after a start or a reload."""
+
+    at: float
+    specs: Mapping[str, ModelSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownAsked:
+    """Stop everything: answer the waiters, drain, stop the units."""
+
+    at: float
+
+
+Event = (
+    RequestArrived
+    | RequestEnded
+    | UnloadAsked
+    | UnitStarted
+    | LoadProgressed
+    | BecameReady
+    | UnitFailed
+    | UnitGone
+    | TimerFired
+    | SpecsChanged
+    | ShutdownAsked
+)
+
+
+# Actions
+
+
+@dataclass(frozen=True, slots=True)
+class StartUnit:
+    """Plan and start a server for the model; ends in `UnitStarted` or `UnitFailed`, later in `BecameReady`."""
+
+    model: str
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopUnit:
+    """Close the upstream's connections and stop the unit; ends in `UnitGone`."""
+
+    model: str
+    run: int
+    is_forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The request may go to the upstream of this run; it is in flight from now on."""
+
+    ticket: int
+    model: str
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The request is answered with this error."""
+
+    ticket: int
+    error: LlmstudioError
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A manual load or unload is complete."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Send `TimerFired` at this time."""
+
+    model: str
+    run: int
+    timer: Timer
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """The model's state changed; observers may want to look."""
+
+    model: str
+
+
+Action = StartUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish

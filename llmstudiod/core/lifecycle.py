@@ -1,0 +1,204 @@
+"""What an instance is: its states, its story, and why it failed.
+
+Only the scheduler changes an `Instance`; everybody else reads the frozen `InstanceView` made from it.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+STORY_LENGTH = 64
+
+
+class State(StrEnum):
+    """The states of an instance, in the order in which a healthy one passes them."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"  # the unit is not active yet
+    LOADING = "loading"  # active, /health answers 503
+    READY = "ready"  # /health answers 200
+    DRAINING = "draining"  # takes no new requests, finishes the ones in flight
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+RESIDENT = frozenset({State.STARTING, State.LOADING, State.READY, State.DRAINING, State.STOPPING})
+"""States in which an instance holds a process, and so memory."""
+
+
+class StopCause(StrEnum):
+    """Why an instance is drained or stopped."""
+
+    IDLE = "idle unload"
+    EVICT = "evicted"
+    UNLOAD = "unloaded on request"
+    RECIPE = "its recipe changed"
+    REMOVED = "its recipe was removed"
+    SHUTDOWN = "the daemon stops"
+    STALLED = "load stalled"
+    ABANDONED = "nobody waits for it any more"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the scheduler must know of a recipe; everything else is the planner's business.
+
+    ``concurrency_limit`` 0 means as many as the upstream has slots; ``idle_timeout_s`` 0 means never.
+    """
+
+    id: str
+    recipe_hash: str
+    priority: int = 0
+    is_pinned: bool = False
+    is_kv_unified: bool = False
+    idle_timeout_s: float = 600.0
+    drain_timeout_s: float = 60.0
+    stall_timeout_s: float = 120.0
+    concurrency_limit: int = 0
+    max_queue: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a start or a running model ended: a category, one sentence, the next step, the last lines of the log."""
+
+    kind: str
+    message: str
+    hint: str | None = None
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One line of an instance's story. ``at`` is the scheduler's monotonic clock in seconds."""
+
+    at: float
+    old: State
+    new: State
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamFacts:
+    """What a ready server says of itself in /props: slots, and tokens that one slot can hold."""
+
+    n_parallel: int
+    n_ctx: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A request, or a manual load, that waits for an instance."""
+
+    ticket: int
+    arrived_at: float
+    cost_tokens: int | None  # None: it may use all of max_model_len
+    is_load: bool
+
+
+@dataclass(slots=True)
+class Instance:
+    """The scheduler's own record of one model; mutable, never handed out."""
+
+    spec: ModelSpec
+    since: float
+    state: State = State.STOPPED
+    run: int = 0
+    story: deque[Transition] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
+    waiters: dict[int, Waiter] = field(default_factory=dict)  # insertion-ordered
+    in_flight: dict[int, int | None] = field(default_factory=dict)  # ticket -> cost in tokens
+    unload_tickets: list[int] = field(default_factory=list)
+    stop_cause: StopCause | None = None
+    failure: Failure | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+    facts: UpstreamFacts | None = None
+    ready_at: float = 0.0
+    progress_at: float = 0.0
+    progress: float | None = None
+    idle_since: float = 0.0
+    last_used: float = 0.0
+    is_stale: bool = False
+    is_removed: bool = False
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it holds a process."""
+        return self.state in RESIDENT
+
+    @property
+    def is_idle(self) -> bool:
+        """Ready, with nothing in flight and nobody waiting."""
+        return self.state is State.READY and not self.in_flight and not self.waiters
+
+    def move(self, new: State, *, at: float, cause: str) -> None:
+        """Change the state and write it into the story."""
+        self.story.append(Transition(at=at, old=self.state, new=new, cause=cause))
+        self.state = new
+        self.since = at
+
+    def has_room_for(self, cost_tokens: int | None) -> bool:
+        """Whether one more request fits beside those in flight: slots, and tokens where slots share one pool.
+
+        With a unified KV cache four long requests in one pool all fail with "Context size has been exceeded.",
+        so only what the pool is sure to hold is let in; an unbounded request therefore runs alone.
+        """
+        facts = self.facts
+        if facts is None:
+            return False
+        if not self.in_flight:
+            return True
+        if len(self.in_flight) >= (self.spec.concurrency_limit or facts.n_parallel):
+            return False
+        if not self.spec.is_kv_unified:
+            return True
+        costs = [cost_tokens, *self.in_flight.values()]
+        return sum(facts.n_ctx if cost is None else cost for cost in costs) <= facts.n_ctx
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """An immutable copy of an instance for everybody but the scheduler."""
+
+    id: str
+    state: State
+    since: float
+    run: int
+    in_flight: int
+    queued: int
+    failure: Failure | None
+    failures: int
+    retry_at: float
+    facts: UpstreamFacts | None
+    progress: float | None
+    idle_since: float
+    last_used: float
+    is_stale: bool
+    stop_cause: StopCause | None
+    story: tuple[Transition, ...]
+
+
+def view(instance: Instance) -> InstanceView:
+    """Return the frozen copy of ``instance``."""
+    return InstanceView(
+        id=instance.spec.id,
+        state=instance.state,
+        since=instance.since,
+        run=instance.run,
+        in_flight=len(instance.in_flight),
+        queued=len(instance.waiters),
+        failure=instance.failure,
+        failures=instance.failures,
+        retry_at=instance.retry_at,
+        facts=instance.facts,
+        progress=instance.progress,
+        idle_since=instance.idle_since,
+        last_used=instance.last_used,
+        is_stale=instance.is_stale,
+        stop_cause=instance.stop_cause,
+        story=tuple(instance.story),
+    )
+
+
+Specs = Mapping[str, ModelSpec]

@@ -1,0 +1,81 @@
+"""How recipes may spell things: llama.cpp's names for our fields, and other backends' keys that mean nothing here."""
+
+from collections.abc import Mapping
+
+ALIASES: Mapping[str, str] = {
+    "engine": "backend",
+    "n_ctx": "max_model_len",
+    "ctx_size": "max_model_len",
+    "n_parallel": "max_num_seqs",
+    "parallel": "max_num_seqs",
+    "tp": "tensor_parallel_size",
+    "cuda_visible_devices": "gpus",
+    "CUDA_VISIBLE_DEVICES": "gpus",
+    "visible_devices": "gpus",
+    "ngl": "n_gpu_layers",
+    "gpu_layers": "n_gpu_layers",
+    "kv_cache_dtype": "cache_type_k",
+    "batch_size": "n_batch",
+    "ubatch_size": "n_ubatch",
+    "env": "env_vars",
+    "envVars": "env_vars",
+}
+"""Other spellings of our fields. Dashes count as underscores, so they are not listed."""
+
+IGNORED: Mapping[str, str] = {
+    "host": "the daemon owns the endpoint's address; see `listen` and llmstudiod.socket",
+    "port": "every model is served on the one endpoint; see `listen` and llmstudiod.socket",
+    "python_path": "llama-server needs no Python",
+    "venv_path": "llama-server needs no Python",
+}
+"""Keys of old recipes that are accepted, have no effect, and are told."""
+
+FOREIGN: Mapping[str, str] = {
+    "gpu_memory_utilization": "memory is measured and shared; `reserved_memory` in the settings keeps some free",
+    "trust_remote_code": "a GGUF holds no code",
+    "tool_call_parser": "llama-server parses tool calls by the model's chat template",
+    "reasoning_parser": "use reasoning_format",
+    "enable_auto_tool_choice": "llama-server offers tool calls by itself",
+    "quantization": "the quantisation is part of the GGUF",
+    "dtype": "the types are part of the GGUF; the KV cache has cache_type_k and cache_type_v",
+    "pipeline_parallel_size": "use tensor_parallel_size (how many GPUs) and split_mode",
+    "pp": "use tensor_parallel_size (how many GPUs) and split_mode",
+    "max_thinking_tokens": "use extra_args: {reasoning_budget: N}",
+    "thinking_mode": "use extra_args: {reasoning_budget: N}",
+    "block_size": "it belongs to vLLM",
+    "swap_space": "it belongs to vLLM",
+    "enforce_eager": "it belongs to vLLM",
+    "restart": "the restart policy comes with a later version",
+}
+"""Keys of other backends and of later versions, each with what to use instead."""
+
+PATH_FIELDS = frozenset({"model_path", "mmproj", "draft_model", "chat_template_file"})
+SINGLE_LINE_FIELDS = PATH_FIELDS | {"id", "name", "served_model_name", "override_tensor", "spec_type"}
+
+DENIED_ENVIRONMENT = (
+    ("LD_", "it can load foreign code"),
+    ("LLAMA_", "it changes llama-server behind the recipe's back; use the recipe's fields or extra_args"),
+    ("PYTHON", "it can load foreign code"),
+    ("CUDA_VISIBLE_DEVICES", "use gpus"),
+    ("CUDA_DEVICE_ORDER", "the daemon sets it"),
+    ("GGML_BACKEND_PATH", "it can load foreign code"),
+    ("GCONV_PATH", "it can load foreign code"),
+    ("PATH", "the binary is not a recipe's business"),
+    ("HOME", "the daemon sets it"),
+    ("HF_", "models are not downloaded by llama-server"),
+    ("HTTP", "models have no network"),
+    ("LLMSTUDIO_", "the daemon sets it"),
+    ("NOTIFY_SOCKET", "it belongs to the daemon"),
+    ("LISTEN_", "it belongs to the daemon"),
+)
+"""Beginnings of names of environment variables that no recipe may set, and why."""
+
+
+def denied_environment(name: str) -> str | None:
+    """Return why a recipe may not set this variable, or None when it may.
+
+    >>> denied_environment("LD_PRELOAD")
+    'it can load foreign code'
+    """
+    upper = name.upper()
+    return next((why for start, why in DENIED_ENVIRONMENT if upper.startswith(start)), None)

@@ -1,0 +1,504 @@
+"""Who runs, who waits, who goes: the pure heart of the daemon.
+
+`Scheduler.handle` takes one event and returns the actions that follow. The supervisor is its only caller.
+In every moment each request is in exactly one place: waiting in one instance, in flight in one instance, or gone.
+
+Room: with ``max_instances`` a model that is wanted and not resident needs a place. Wanted models are served in the
+order of priority, then of their oldest waiter; each instance that is already leaving is promised to one of them.
+Only an idle instance is ever stopped to make room. A busy one is asked to drain once somebody has waited for
+``overtake_s``; if that somebody goes away, it serves on as if nothing had been.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar, assert_never
+
+from llmstudiod.core.events import (
+    Action,
+    BecameReady,
+    Done,
+    Event,
+    Grant,
+    LoadProgressed,
+    Publish,
+    Refuse,
+    RequestArrived,
+    RequestEnded,
+    SetTimer,
+    ShutdownAsked,
+    SpecsChanged,
+    StartUnit,
+    StopUnit,
+    Timer,
+    TimerFired,
+    UnitFailed,
+    UnitGone,
+    UnitStarted,
+    UnloadAsked,
+)
+from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Waiter, view
+from llmstudiod.errors import (
+    BackingOffError,
+    LlmstudioError,
+    LoadFailedError,
+    LoadStalledError,
+    ModelNotFoundError,
+    QueueFullError,
+    ShuttingDownError,
+    UnavailableError,
+    UpstreamCrashedError,
+)
+
+BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
+OVERTAKE_S = 2.0
+OfRun = TypeVar("OfRun", UnitStarted, LoadProgressed, BecameReady, UnitFailed, UnitGone, TimerFired)
+
+STABLE_S = 60.0  # a model that was ready for so long starts its count of failures anew
+
+
+class Scheduler:
+    """Holds every instance; changed by `handle` alone."""
+
+    def __init__(self, *, max_instances: int = 0, overtake_s: float = OVERTAKE_S) -> None:
+        self.max_instances = max_instances
+        self._overtake_s = overtake_s
+        self._instances: dict[str, Instance] = {}
+        self._waiting_in: dict[int, Instance] = {}
+        self._flying_in: dict[int, tuple[Instance, int]] = {}
+        self._last_run = 0
+        self._is_shutting_down = False
+        self._actions: list[Action] = []
+
+    # What others may see
+
+    def view(self, model: str) -> InstanceView | None:
+        """Return a frozen copy of one instance, or None for an unknown model."""
+        instance = self._instances.get(model)
+        return None if instance is None else view(instance)
+
+    def views(self) -> list[InstanceView]:
+        """Return frozen copies of all instances, in the order of their ids."""
+        return [view(instance) for _, instance in sorted(self._instances.items())]
+
+    def is_quiet(self) -> bool:
+        """Whether no instance holds a process."""
+        return not any(instance.is_resident for instance in self._instances.values())
+
+    # The one entrance
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event, return what must be done about it."""
+        actions: list[Action] = []
+        self._actions = actions
+        match event:
+            case RequestArrived():
+                self._arrive(event)
+            case RequestEnded():
+                self._end(event)
+            case UnloadAsked():
+                self._unload(event)
+            case UnitStarted():
+                self._of_run(event, self._started)
+            case LoadProgressed():
+                self._of_run(event, self._progressed)
+            case BecameReady():
+                self._of_run(event, self._became_ready)
+            case UnitFailed():
+                self._of_run(event, self._unit_failed)
+            case UnitGone():
+                self._of_run(event, self._gone)
+            case TimerFired():
+                self._of_run(event, self._timer_fired)
+            case SpecsChanged():
+                self._change_specs(event)
+            case ShutdownAsked():
+                self._shut_down(event.at)
+            case _:
+                assert_never(event)
+        return actions
+
+    def _of_run(self, event: OfRun, handler: Callable[[Instance, OfRun], None]) -> None:
+        """Pass an event on unless it speaks of a run that is over."""
+        instance = self._instances.get(event.model)
+        if instance is not None and instance.run == event.run:
+            handler(instance, event)
+
+    # Requests
+
+    def _arrive(self, event: RequestArrived) -> None:
+        instance = self._instances.get(event.model)
+        if refusal := self._refusal(instance, event):
+            self._actions.append(Refuse(event.ticket, refusal))
+            return
+        assert instance is not None
+        waiter = Waiter(event.ticket, event.at, event.cost_tokens, event.is_load)
+        instance.waiters[event.ticket] = waiter
+        self._waiting_in[event.ticket] = instance
+        if instance.state is State.READY:
+            self._admit(instance, event.at)
+        elif not instance.is_resident:
+            self._make_room(event.at)
+
+    def _refusal(self, instance: Instance | None, event: RequestArrived) -> LlmstudioError | None:
+        """Return what is known against a request at once, before any answer was begun."""
+        if instance is None or instance.is_removed:
+            return ModelNotFoundError(f"there is no model '{event.model}'", hint="see `llmstudioctl list`")
+        if self._is_shutting_down:
+            return ShuttingDownError("the daemon is stopping", hint="try again in a moment")
+        if event.is_load:
+            return None
+        if instance.state is State.FAILED and event.at < instance.retry_at:
+            return self._backing_off(instance, event.at)
+        is_granted_now = instance.state is State.READY and instance.has_room_for(event.cost_tokens)
+        if len(instance.waiters) >= instance.spec.max_queue and (instance.waiters or not is_granted_now):
+            return QueueFullError(
+                f"{len(instance.waiters)} requests already wait for '{event.model}'",
+                hint="try again later, or raise max_queue",
+                details={"retry_after_s": 1},
+            )
+        return None
+
+    def _backing_off(self, instance: Instance, at: float) -> LlmstudioError:
+        wait_s = instance.retry_at - at
+        failure = instance.failure
+        reason = failure.message if failure else "its last start failed"
+        return BackingOffError(
+            f"'{instance.spec.id}' is not started again for {max(1, round(wait_s))} s: {reason}",
+            hint=(failure.hint if failure else None) or f"`llmstudioctl load {instance.spec.id}` tries at once",
+            details={"retry_after_s": wait_s + 0.5, "failure": failure.kind if failure else None},
+        )
+
+    def _admit(self, instance: Instance, at: float) -> None:
+        """Grant waiters in their order for as long as there is room for the first of them."""
+        while instance.waiters and instance.state is State.READY:
+            waiter = next(iter(instance.waiters.values()))
+            if not waiter.is_load and not instance.has_room_for(waiter.cost_tokens):
+                return
+            del instance.waiters[waiter.ticket]
+            del self._waiting_in[waiter.ticket]
+            if waiter.is_load:
+                self._actions.append(Done(waiter.ticket))
+                continue
+            instance.in_flight[waiter.ticket] = waiter.cost_tokens
+            instance.last_used = at
+            self._flying_in[waiter.ticket] = (instance, instance.run)
+            self._actions.append(Grant(waiter.ticket, instance.spec.id, instance.run))
+
+    def _end(self, event: RequestEnded) -> None:
+        if waiting_in := self._waiting_in.pop(event.ticket, None):
+            del waiting_in.waiters[event.ticket]
+            self._admit(waiting_in, event.at)
+            self._make_room(event.at)
+            return
+        instance, run = self._flying_in.pop(event.ticket, (None, 0))
+        if instance is None or instance.run != run:
+            return
+        instance.in_flight.pop(event.ticket, None)
+        instance.idle_since = instance.last_used = event.at
+        if instance.state is State.READY and instance.waiters:
+            self._admit(instance, event.at)
+        if not instance.in_flight and instance.state is State.DRAINING:
+            self._stop(instance, event.at)
+        elif instance.is_idle:
+            if instance.is_stale:
+                self._drain(instance, event.at, StopCause.RECIPE)
+            elif self.max_instances:
+                self._make_room(event.at)
+
+    def _refuse_waiters(self, instance: Instance, error: LlmstudioError) -> None:
+        for ticket in instance.waiters:
+            del self._waiting_in[ticket]
+            self._actions.append(Refuse(ticket, error))
+        instance.waiters.clear()
+
+    # The life of an instance
+
+    def _start(self, instance: Instance, at: float) -> None:
+        self._last_run += 1
+        instance.run = self._last_run
+        instance.in_flight = {}
+        instance.failure = None
+        instance.facts = None
+        instance.progress = None
+        instance.progress_at = at
+        instance.stop_cause = None
+        instance.is_stale = False
+        self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
+        self._actions.append(StartUnit(instance.spec.id, instance.run))
+        self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
+
+    def _started(self, instance: Instance, event: UnitStarted) -> None:
+        if instance.state is State.STARTING:
+            instance.progress_at = event.at
+            self._move(instance, State.LOADING, event.at, "the unit is active")
+
+    def _progressed(self, instance: Instance, event: LoadProgressed) -> None:
+        instance.progress_at = event.at
+        instance.progress = event.progress
+
+    def _became_ready(self, instance: Instance, event: BecameReady) -> None:
+        if instance.state not in {State.STARTING, State.LOADING}:
+            return
+        instance.facts = event.facts
+        instance.progress = None
+        instance.ready_at = instance.idle_since = event.at
+        self._move(instance, State.READY, event.at, "/health answers 200")
+        self._set_idle_timer(instance, event.at)
+        self._admit(instance, event.at)
+        if instance.is_stale and instance.is_idle:
+            self._drain(instance, event.at, StopCause.RECIPE)
+        elif instance.is_idle:
+            self._make_room(event.at)
+
+    def _unit_failed(self, instance: Instance, event: UnitFailed) -> None:
+        if instance.state is State.STOPPING:
+            return  # whoever stops it tells when nothing is left; until then its name and socket are taken
+        if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
+            self._settle(instance, event.at, "it ended while it was drained")
+            return
+        was_serving = instance.state in {State.READY, State.DRAINING}
+        if was_serving and event.at - instance.ready_at > STABLE_S:
+            instance.failures = 0
+        self._fail(instance, event.at, event.failure)
+        if was_serving and instance.failures == 1 and instance.waiters:
+            # They have sent nothing yet and the model did load before: one fresh start is worth their while.
+            instance.retry_at = event.at
+        else:
+            self._refuse_waiters(instance, _failure_error(instance.spec.id, event.failure, was_serving=was_serving))
+        self._make_room(event.at)
+
+    def _fail(self, instance: Instance, at: float, failure: Failure) -> None:
+        instance.failures += 1
+        instance.failure = failure
+        instance.retry_at = at + BACK_OFF_S[min(instance.failures, len(BACK_OFF_S)) - 1]
+        self._move(instance, State.FAILED, at, failure.message)
+        self._answer_unloads(instance)
+
+    def _drain(self, instance: Instance, at: float, cause: StopCause) -> None:
+        """Let what is in flight end, then stop. An eviction has no time limit: it never cuts a request short."""
+        instance.stop_cause = cause
+        if not instance.in_flight:
+            self._stop(instance, at)
+            return
+        self._move(instance, State.DRAINING, at, cause.value)
+        if cause is not StopCause.EVICT:
+            self._set_timer(instance, Timer.DRAIN, at + instance.spec.drain_timeout_s)
+
+    def _stop(self, instance: Instance, at: float, *, cause: StopCause | None = None, is_forced: bool = False) -> None:
+        instance.stop_cause = cause or instance.stop_cause
+        self._move(instance, State.STOPPING, at, instance.stop_cause.value if instance.stop_cause else "asked for")
+        self._actions.append(StopUnit(instance.spec.id, instance.run, is_forced))
+
+    def _gone(self, instance: Instance, event: UnitGone) -> None:
+        if instance.state is not State.STOPPING:
+            return
+        if instance.stop_cause is StopCause.STALLED and instance.failure is not None:
+            self._refuse_waiters(instance, LoadStalledError(instance.failure.message, hint=instance.failure.hint))
+            self._fail(instance, event.at, instance.failure)
+            self._make_room(event.at)
+            return
+        self._settle(instance, event.at, "no process is left")
+
+    def _settle(self, instance: Instance, at: float, cause: str) -> None:
+        instance.in_flight = {}
+        instance.facts = None
+        instance.failures = 0
+        self._move(instance, State.STOPPED, at, cause)
+        self._answer_unloads(instance)
+        if instance.is_removed:
+            del self._instances[instance.spec.id]
+        self._make_room(at)
+
+    def _answer_unloads(self, instance: Instance) -> None:
+        self._actions += [Done(ticket) for ticket in instance.unload_tickets]
+        instance.unload_tickets.clear()
+
+    def _move(self, instance: Instance, new: State, at: float, cause: str) -> None:
+        instance.move(new, at=at, cause=cause)
+        self._actions.append(Publish(instance.spec.id))
+
+    def _set_timer(self, instance: Instance, timer: Timer, at: float) -> None:
+        self._actions.append(SetTimer(instance.spec.id, instance.run, timer, at))
+
+    # Timers
+
+    def _timer_fired(self, instance: Instance, event: TimerFired) -> None:
+        match event.timer:
+            case Timer.IDLE:
+                self._idle_due(instance, event.at)
+            case Timer.STALL:
+                self._stall_due(instance, event.at)
+            case Timer.DRAIN:
+                if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
+                    self._stop(instance, event.at)
+            case Timer.OVERTAKE:
+                self._make_room(event.at)
+            case _:
+                assert_never(event.timer)
+
+    def _set_idle_timer(self, instance: Instance, at: float) -> None:
+        if instance.spec.idle_timeout_s and not instance.spec.is_pinned:
+            self._set_timer(instance, Timer.IDLE, at + instance.spec.idle_timeout_s)
+
+    def _idle_due(self, instance: Instance, at: float) -> None:
+        timeout_s = instance.spec.idle_timeout_s
+        if not timeout_s or instance.spec.is_pinned or not instance.is_resident:
+            return
+        due_at = (instance.idle_since if instance.is_idle else at) + timeout_s
+        if due_at > at:
+            self._set_timer(instance, Timer.IDLE, due_at)
+        else:
+            self._stop(instance, at, cause=StopCause.IDLE)
+
+    def _stall_due(self, instance: Instance, at: float) -> None:
+        if instance.state not in {State.STARTING, State.LOADING}:
+            return
+        due_at = instance.progress_at + instance.spec.stall_timeout_s
+        if due_at > at:
+            self._set_timer(instance, Timer.STALL, due_at)
+            return
+        message = f"'{instance.spec.id}' showed no progress for {instance.spec.stall_timeout_s:.0f} s while loading"
+        instance.failure = Failure("load_stalled", message, "see its log; load_stall_timeout sets the limit")
+        self._refuse_waiters(instance, LoadStalledError(message, hint=instance.failure.hint))
+        self._stop(instance, at, cause=StopCause.STALLED, is_forced=True)
+
+    # Operators
+
+    def _unload(self, event: UnloadAsked) -> None:
+        instance = self._instances.get(event.model)
+        if instance is None:
+            error = ModelNotFoundError(f"there is no model '{event.model}'", hint="see `llmstudioctl list`")
+            self._actions.append(Refuse(event.ticket, error))
+            return
+        unloaded = ShuttingDownError(f"'{event.model}' was unloaded on request", hint="ask again to load it anew")
+        if not instance.is_resident:
+            if instance.state is State.FAILED:
+                instance.failures = 0
+                self._move(instance, State.STOPPED, event.at, "reset on request")
+            self._refuse_waiters(instance, unloaded)
+            self._actions.append(Done(event.ticket))
+            return
+        instance.unload_tickets.append(event.ticket)
+        if instance.state is State.STOPPING:
+            return
+        self._refuse_waiters(instance, unloaded)
+        if event.is_forced or instance.state in {State.STARTING, State.LOADING}:
+            self._stop(instance, event.at, cause=StopCause.UNLOAD, is_forced=event.is_forced)
+        else:
+            self._drain(instance, event.at, StopCause.UNLOAD)
+
+    def _change_specs(self, event: SpecsChanged) -> None:
+        for model, spec in event.specs.items():
+            instance = self._instances.get(model)
+            if instance is None:
+                self._instances[model] = Instance(spec, since=event.at)
+                continue
+            has_changed = instance.spec.recipe_hash != spec.recipe_hash
+            instance.spec = spec
+            if instance.is_resident:
+                self._set_idle_timer(instance, event.at)  # the daemon's default may have changed
+            instance.is_removed = False
+            if has_changed:
+                self._replace_when_idle(instance, event.at)
+        for model in [model for model in self._instances if model not in event.specs]:
+            self._remove(self._instances[model], event.at)
+        self._make_room(event.at)
+
+    def _replace_when_idle(self, instance: Instance, at: float) -> None:
+        if instance.state is State.FAILED:
+            instance.failures, instance.retry_at = 0, at
+            self._move(instance, State.STOPPED, at, StopCause.RECIPE.value)
+        elif instance.is_resident:
+            instance.is_stale = True
+            if instance.is_idle:
+                self._drain(instance, at, StopCause.RECIPE)
+
+    def _remove(self, instance: Instance, at: float) -> None:
+        instance.is_removed = True
+        model = instance.spec.id
+        self._refuse_waiters(instance, ModelNotFoundError(f"the recipe of '{model}' was removed"))
+        if not instance.is_resident:
+            del self._instances[model]
+        elif instance.state in {State.STARTING, State.LOADING}:
+            self._stop(instance, at, cause=StopCause.REMOVED)
+        elif instance.state is not State.STOPPING:
+            self._drain(instance, at, StopCause.REMOVED)
+
+    def _shut_down(self, at: float) -> None:
+        self._is_shutting_down = True
+        for instance in self._instances.values():
+            self._refuse_waiters(instance, ShuttingDownError("the daemon is stopping", hint="try again in a moment"))
+            if instance.state in {State.STARTING, State.LOADING}:
+                self._stop(instance, at, cause=StopCause.SHUTDOWN)
+            elif instance.state in {State.READY, State.DRAINING}:
+                self._drain(instance, at, StopCause.SHUTDOWN)
+
+    # Room
+
+    def _make_room(self, at: float) -> None:
+        """Start what is wanted, as far as there is room; make room where there is none."""
+        if self._is_shutting_down:
+            return
+        wanted = [instance for instance in self._instances.values() if instance.waiters and not instance.is_resident]
+        wanted.sort(key=lambda instance: (-instance.spec.priority, next(iter(instance.waiters.values())).arrived_at))
+        free = self._free_places(len(wanted))
+        for instance in wanted[:free]:
+            self._start(instance, at)
+        queue = wanted[free:]
+        leaving = [i for i in self._instances.values() if i.state in {State.DRAINING, State.STOPPING}]
+        self._recall(leaving, len(queue), at)
+        for instance in queue[len(leaving) :]:
+            self._evict_for(instance, at)
+
+    def _free_places(self, wanted: int) -> int:
+        if not self.max_instances:
+            return wanted
+        return max(0, self.max_instances - sum(instance.is_resident for instance in self._instances.values()))
+
+    def _recall(self, leaving: list[Instance], needed: int, at: float) -> None:
+        """Let an instance that drains for an eviction serve on when nobody needs its place any more."""
+        spare = len(leaving) - needed
+        for instance in leaving:
+            if spare > 0 and instance.state is State.DRAINING and instance.stop_cause is StopCause.EVICT:
+                spare -= 1
+                instance.stop_cause = None
+                self._move(instance, State.READY, at, "its place is not needed any more")
+                self._admit(instance, at)
+
+    def _evict_for(self, wanted: Instance, at: float) -> None:
+        waited_since = next(iter(wanted.waiters.values())).arrived_at
+        loading = [i for i in self._evictable() if i.state in {State.STARTING, State.LOADING} and not i.waiters]
+        if loading:
+            self._stop(loading[0], at, cause=StopCause.ABANDONED)
+            return
+        ready = [instance for instance in self._evictable() if instance.state is State.READY]
+        idle = [instance for instance in ready if instance.is_idle]
+        if idle:
+            self._drain(min(idle, key=_eviction_order), at, StopCause.EVICT)
+        elif not any(True for _ in self._evictable()):
+            self._refuse_waiters(wanted, self._all_pinned(wanted))
+        elif at < waited_since + self._overtake_s:
+            self._set_timer(wanted, Timer.OVERTAKE, waited_since + self._overtake_s)
+        elif ready:
+            self._drain(min(ready, key=_eviction_order), at, StopCause.EVICT)
+
+    def _evictable(self) -> list[Instance]:
+        staying = {State.STARTING, State.LOADING, State.READY}
+        return [i for i in self._instances.values() if i.state in staying and not i.spec.is_pinned]
+
+    def _all_pinned(self, wanted: Instance) -> LlmstudioError:
+        return UnavailableError(
+            f"cannot load '{wanted.spec.id}': the {self.max_instances} models that may run at once are all pinned",
+            hint="unpin one (pinned: false), or raise max_instances",
+        )
+
+
+def _eviction_order(instance: Instance) -> tuple[int, float]:
+    """Lowest priority first, then the least recently used."""
+    return (instance.spec.priority, instance.last_used)
+
+
+def _failure_error(model: str, failure: Failure, *, was_serving: bool) -> LlmstudioError:
+    details = {"failure": failure.kind, "lines": list(failure.lines)}
+    if was_serving:
+        return UpstreamCrashedError(f"'{model}' ended: {failure.message}", hint=failure.hint, details=details)
+    return LoadFailedError(f"cannot load '{model}': {failure.message}", hint=failure.hint, details=details)

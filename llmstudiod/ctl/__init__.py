@@ -1,0 +1,1 @@
+"""llmstudioctl: a client of the admin socket, nothing more."""

@@ -1,0 +1,158 @@
+"""Everything that makes the daemon, built once and passed in: settings, recipes, launcher, supervisor, servers."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+from aiohttp import web
+
+from llmstudiod.adapters.model_recipes import load_catalogue
+from llmstudiod.adapters.planner import Planner
+from llmstudiod.adapters.proc import progress_mark
+from llmstudiod.adapters.settings import LoadedSettings, Settings, load_settings
+from llmstudiod.core.catalogue import Catalogue
+from llmstudiod.core.lifecycle import State
+from llmstudiod.core.recipe import Severity
+from llmstudiod.core.scheduler import Scheduler
+from llmstudiod.daemon.sockets import BACKLOG, Listeners
+from llmstudiod.errors import ConfigError, LlmstudioError
+from llmstudiod.http.admin import Admin
+from llmstudiod.http.client import EndpointServer, server_arguments
+from llmstudiod.http.listing import Listing
+from llmstudiod.http.proxy import Proxy
+from llmstudiod.http.relay import Pools
+from llmstudiod.launchers import systemd
+from llmstudiod.launchers.base import Launcher
+from llmstudiod.launchers.subprocess import SubprocessLauncher
+from llmstudiod.supervisor import Supervisor
+
+logger = logging.getLogger("llmstudiod")
+
+
+class Application:
+    """The daemon without its process: what main.py runs, and what the tests run in theirs."""
+
+    def __init__(self, config: Path, environment: Mapping[str, str] | None, *, clock: Callable[[], float]) -> None:
+        self._config = config
+        self._environment = environment
+        self.loaded: LoadedSettings = load_settings(config, environment)
+        settings = self.loaded.settings
+        self.launcher = choose_launcher(settings)
+        self.planner = Planner(settings, self.launcher, os.environ)
+        self.pools = Pools()
+        self.supervisor = Supervisor(
+            scheduler=Scheduler(max_instances=settings.max_instances),
+            launcher=self.launcher,
+            planner=self.planner,
+            upstreams=self.pools,
+            progress_mark=lambda unit: progress_mark(unit.pid),
+            clock=clock,
+        )
+        listing = Listing(self.supervisor, created=int(time.time()))
+        self.proxy = Proxy(
+            self.supervisor,
+            self.pools,
+            listing,
+            max_body=settings.max_body,
+            wait_comment_interval_s=settings.wait_comment_interval,
+        )
+        self.admin = Admin(
+            supervisor=self.supervisor,
+            planner=self.planner,
+            launcher=self.launcher,
+            listing=listing,
+            settings=lambda: self.loaded,
+            clock=clock,
+        )
+        self._put_in_force(load_catalogue(settings))
+        self._servers: list[asyncio.Server] = []
+
+    @contextlib.asynccontextmanager
+    async def serving(self, listeners: Listeners) -> AsyncIterator[None]:
+        """Serve the sockets for as long as the context lasts."""
+        loop = asyncio.get_running_loop()
+        endpoint = EndpointServer(self.proxy.handle, **server_arguments())
+        runner = web.AppRunner(self.admin.application(), access_log=None, handler_cancellation=True)
+        await runner.setup()
+        assert runner.server is not None
+        for sock in listeners.http:
+            # asyncio listens again, and its own default would cut the backlog down to 100.
+            self._servers.append(await loop.create_server(endpoint, sock=sock, backlog=BACKLOG))
+        admin_servers = [
+            await loop.create_unix_server(runner.server, sock=sock, backlog=BACKLOG) for sock in listeners.admin
+        ]
+        try:
+            yield
+        finally:
+            for server in (*self._servers, *admin_servers):
+                server.close()
+            await endpoint.shutdown(1.0)
+            await runner.cleanup()
+            await self.launcher.close()
+
+    async def after_start(self) -> None:
+        """What need not be done before the first answer: leftovers, the binary, models to be loaded at once."""
+        left = await self.launcher.clean_up()
+        if left:
+            logger.warning("stopped what an earlier daemon had left: %s", ", ".join(left))
+        try:
+            binary = await self.planner.binary()
+        except LlmstudioError as error:
+            logger.error("no model can be served: %s (%s)", error.message, error.hint)  # noqa: TRY400 - no bug
+        else:
+            logger.info("llama-server: %s (%s), from %s", binary.version, " ".join(binary.argv), binary.source)
+            if binary.is_engine:
+                logger.info("the embedded engine is in use: CPU only; install llama-server to use a GPU")
+        for model, entry in self.supervisor.catalogue.entries.items():
+            if entry.recipe.preload:
+                self.supervisor.start_load(model)
+
+    async def reload(self) -> None:
+        """Read settings and recipes again; models whose recipe did not change go on running."""
+        loaded = await asyncio.to_thread(load_settings, self._config, self._environment)
+        catalogue = await asyncio.to_thread(load_catalogue, loaded.settings)
+        self.loaded = loaded
+        self.planner.use_settings(loaded.settings)
+        self.proxy.max_body = loaded.settings.max_body
+        self.proxy.wait_comment_interval_s = loaded.settings.wait_comment_interval
+        logging.getLogger().setLevel(loaded.settings.log_level.upper())
+        self._put_in_force(catalogue)
+
+    def _put_in_force(self, catalogue: Catalogue) -> None:
+        settings = self.loaded.settings
+        self.supervisor.use_catalogue(catalogue, settings.lifecycle_defaults(), max_instances=settings.max_instances)
+        warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
+        for fault in (*self.loaded.faults, *catalogue.faults, *warnings):
+            logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)
+        logger.info("%d models, %d faults", len(catalogue.entries), len(catalogue.faults))
+
+    async def stop(self) -> None:
+        """Take no new connections, answer the waiters, let what is in flight end, stop the models."""
+        for server in self._servers:
+            server.close()
+        await self.supervisor.shut_down()
+
+    def status_line(self) -> str:
+        """Return one line for ``systemctl status``."""
+        views = self.supervisor.views()
+        ready = [shown.id for shown in views if shown.state is State.READY]
+        faults = len(self.supervisor.catalogue.faults)
+        return f"{len(views)} models; ready: {', '.join(ready) or 'none'}" + (f"; {faults} faults" if faults else "")
+
+
+def choose_launcher(settings: Settings) -> Launcher:
+    """Return the launcher that the settings ask for, or the one that works here.
+
+    Raises:
+        ConfigError: systemd is asked for, and cannot be used.
+    """
+    why_not = systemd.is_usable()
+    if settings.launcher == "systemd" and why_not:
+        raise ConfigError(f"launcher: systemd cannot be used: {why_not}", hint="set `launcher: auto`")
+    if settings.launcher == "subprocess" or why_not:
+        return SubprocessLauncher(Path(settings.runtime_dir))
+    return systemd.SystemdLauncher()

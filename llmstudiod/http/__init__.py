@@ -1,0 +1,1 @@
+"""The two HTTP interfaces: the OpenAI endpoint and the admin socket."""

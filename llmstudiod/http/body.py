@@ -1,0 +1,156 @@
+"""What the proxy must know of a request's body: which model, whether it streams, how long it may get.
+
+Small bodies are parsed, which also finds malformed JSON before a model is started for it. Large ones (images are tens
+of MB) are scanned at their top level only: parsing would hold them twice and block every other request meanwhile.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmstudiod.errors import BadRequestError
+
+PARSE_UP_TO = 1 << 20
+
+Bytes = bytes | bytearray
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NESTED = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
+_SCALAR = re.compile(rb"-?[0-9.eE+-]+|true|false|null")
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_WANTED = frozenset({"model", "stream", "max_tokens", "max_completion_tokens", "n_predict", "n"})
+_LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
+_MULTIPART_MODEL = re.compile(
+    rb'\r\nContent-Disposition:[^\r\n]*;[ \t]*name="?model"?[ \t]*(?:;[^\r\n]*)?\r\n', re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What was read off a body. ``cost_tokens`` bounds the context it may use; None: all that a slot has."""
+
+    model: str | None
+    is_stream: bool = False
+    cost_tokens: int | None = None
+
+
+def read_json_facts(body: Bytes) -> RequestFacts:
+    """Return the facts of a JSON body.
+
+    Raises:
+        BadRequestError: It is not a JSON object, or ``model`` is no text.
+    """
+    values = _parse(body) if len(body) <= PARSE_UP_TO else dict(_scan(body))
+    model = values.get("model")
+    if model is not None and not isinstance(model, str):
+        raise BadRequestError(f"model: expected the name of a model, found {json.dumps(model)[:80]}")
+    return RequestFacts(model or None, values.get("stream") is True, _cost(values, len(body)))
+
+
+def read_multipart_facts(body: Bytes) -> RequestFacts:
+    """Return the model named by the field ``model`` of a multipart body."""
+    match = _MULTIPART_MODEL.search(body)
+    if match is None:
+        return RequestFacts(None)
+    start = body.find(b"\r\n\r\n", match.end() - 2)
+    end = body.find(b"\r\n--", start + 4)
+    if start < 0 or end < 0:
+        raise BadRequestError("the multipart body ends in the middle of the field 'model'")
+    return RequestFacts(body[start + 4 : end].decode(errors="replace").strip() or None)
+
+
+def _cost(values: dict[str, Any], length: int) -> int | None:
+    """Return an upper bound: a token stands for at least one byte of the body, and for each one generated."""
+    limit = next((values[name] for name in _LIMITS if isinstance(values.get(name), int)), None)
+    if limit is None or limit < 0 or values.get("n") not in (None, 1):
+        return None
+    return length + int(limit)
+
+
+def _parse(body: Bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(body)
+    except json.JSONDecodeError as error:
+        raise BadRequestError(
+            f"the body is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}",
+            hint="see that position of the request's body",
+        ) from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise BadRequestError(f"the body is not valid JSON: {type(error).__name__}") from None
+    if not isinstance(values, dict):
+        raise BadRequestError(f"expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _scan(body: Bytes) -> Iterator[tuple[str, Any]]:
+    """Yield the wanted top-level keys with their values, the last of a repeated one last, as JSON parsers have it."""
+    position = _after_space(body, 0)
+    if body[position : position + 1] != b"{":
+        raise BadRequestError("expected a JSON object")
+    position = _after_space(body, position + 1)
+    if body[position : position + 1] == b"}":
+        _expect_end(body, position + 1)
+        return
+    while True:
+        key_match = _STRING.match(body, position)
+        if key_match is None:
+            raise _not_json(position)
+        position = _after_space(body, key_match.end())
+        if body[position : position + 1] != b":":
+            raise _not_json(position)
+        start = _after_space(body, position + 1)
+        end = _value_end(body, start)
+        key = _decode(key_match.group(), key_match.start())
+        if key in _WANTED:
+            yield key, _decode(body[start:end], start)
+        position = _after_space(body, end)
+        separator = body[position : position + 1]
+        if separator == b"}":
+            _expect_end(body, position + 1)
+            return
+        if separator != b",":
+            raise _not_json(position)
+        position = _after_space(body, position + 1)
+
+
+def _value_end(body: Bytes, start: int) -> int:
+    first = body[start : start + 1]
+    if first in (b"{", b"["):
+        depth = 0
+        for token in _NESTED.finditer(body, start):
+            text = token.group()
+            if text in (b"{", b"["):
+                depth += 1
+            elif text in (b"}", b"]"):
+                depth -= 1
+                if not depth:
+                    return token.end()
+        raise _not_json(len(body))
+    match = (_STRING if first == b'"' else _SCALAR).match(body, start)
+    if match is None:
+        raise _not_json(start)
+    return match.end()
+
+
+def _after_space(body: Bytes, position: int) -> int:
+    match = _SPACE.match(body, position)
+    assert match is not None
+    return match.end()
+
+
+def _expect_end(body: Bytes, position: int) -> None:
+    if _after_space(body, position) != len(body):
+        raise _not_json(position)
+
+
+def _decode(text: Bytes, position: int) -> Any:  # noqa: ANN401 - JSON holds anything
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _not_json(position) from None
+
+
+def _not_json(position: int) -> BadRequestError:
+    return BadRequestError(f"the body is not valid JSON at byte {position}", hint="see that position of the body")

@@ -1,0 +1,292 @@
+"""The OpenAI endpoint: finds the model of each request, asks for a place, and relays.
+
+Every route of llama-server's that takes a model, the list of models, and what llama-swap's and vllm-studio's users
+expect beside it. What changes anything beyond using a model belongs to the admin interface.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import cast
+from urllib.parse import parse_qs, unquote
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_exceptions import HTTPException
+
+from llmstudiod.core.lifecycle import State
+from llmstudiod.errors import (
+    AccessDeniedError,
+    BadRequestError,
+    BodyTooLargeError,
+    LlmstudioError,
+    NotFoundError,
+    UnavailableError,
+    UpstreamCrashedError,
+)
+from llmstudiod.http import tokens
+from llmstudiod.http.answers import error_event, error_response
+from llmstudiod.http.body import RequestFacts, read_json_facts, read_multipart_facts
+from llmstudiod.http.client import ClientStream, Relayed, read_body
+from llmstudiod.http.listing import Listing
+from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head
+from llmstudiod.supervisor import Supervisor, Ticket
+
+logger = logging.getLogger(__name__)
+
+FORWARDED_POSTS = frozenset(
+    {
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings",
+        "/chat/completions", "/completions", "/completion", "/responses", "/embeddings", "/embedding",
+        "/v1/messages", "/v1/messages/count_tokens",
+        "/v1/rerank", "/rerank", "/v1/reranking", "/reranking",
+        "/infill", "/tokenize", "/detokenize", "/apply-template", "/v1/chat/completions/input_tokens",
+        "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations",
+    }
+)  # fmt: skip
+FORWARDED_GETS = frozenset({"/props", "/slots"})
+UPSTREAM_PREFIX = "/upstream/"
+WHY_TIMEOUT_S = 1.0
+MAX_COLLECTED = 64 << 10
+
+_ASSETS = (".ico", ".js", ".mjs", ".css", ".map", ".png", ".jpg", ".svg", ".gif", ".webp", ".woff", ".woff2", ".html")
+_READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Proxy:
+    """Handles every request of the TCP listeners."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        pools: Pools,
+        listing: Listing,
+        *,
+        max_body: int,
+        wait_comment_interval_s: float,
+    ) -> None:
+        self._supervisor = supervisor
+        self._pools = pools
+        self._listing = listing
+        self.max_body = max_body
+        self.wait_comment_interval_s = wait_comment_interval_s
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; the handler that aiohttp's server calls."""
+        path = request.raw_path.partition("?")[0]
+        try:
+            return await self._route(request, path)
+        except LlmstudioError as error:
+            return error_response(error, path=path)
+        except (HttpProcessingError, HTTPException, web.PayloadAccessError) as error:
+            return error_response(BadRequestError(f"the request cannot be read: {error}"), path=path)
+
+    async def _route(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        method = request.method
+        if method == "POST" and path in FORWARDED_POSTS:
+            return await self._forward_post(request)
+        if path.startswith(UPSTREAM_PREFIX):
+            return await self._forward_upstream(request)
+        if path in tokens.ROUTES:
+            self._only(method, "POST", path)
+            return await self._count_tokens(request, path)
+        if path in FORWARDED_GETS:
+            self._only(method, "GET", path)
+            query = parse_qs(request.raw_path.partition("?")[2])
+            name = query.get("model", [None])[-1]
+            return await self._forward(request, request.raw_path, RequestFacts(name), b"")
+        if path in FORWARDED_POSTS:
+            self._only(method, "POST", path)
+        answer = self._listing.answer(path)
+        if answer is not None:
+            self._only(method, "GET", path)
+            return answer
+        if path.startswith("/api/models/unload"):
+            raise AccessDeniedError(
+                "unloading a model needs admin rights, which this listener does not give",
+                hint="use `llmstudioctl unload`, or the admin socket",
+            )
+        raise NotFoundError(f"there is no route {method} {path[:200]}", hint="the endpoint's routes begin with /v1/")
+
+    @staticmethod
+    def _only(method: str, allowed: str, path: str) -> None:
+        if method != allowed and not (allowed == "GET" and method == "HEAD"):
+            raise _MethodNotAllowedError(f"{path} takes {allowed}, not {method}")
+
+    # Which model
+
+    async def _forward_post(self, request: web.BaseRequest) -> web.StreamResponse:
+        body = await self._body(request)
+        is_multipart = request.headers.get("Content-Type", "").lower().startswith("multipart/form-data")
+        facts = read_multipart_facts(body) if is_multipart else read_json_facts(body)
+        if facts.model is None and "?" in request.raw_path:
+            names = parse_qs(request.raw_path.partition("?")[2]).get("model")
+            facts = RequestFacts(names[-1] if names else None, facts.is_stream, facts.cost_tokens)
+        return await self._forward(request, request.raw_path, facts, body)
+
+    async def _forward_upstream(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Pass ``/upstream/<id>/rest`` on as ``/rest``, percent-escapes and query as they came."""
+        name, slash, rest = request.raw_path[len(UPSTREAM_PREFIX) :].partition("/")
+        name, _, query = name.partition("?")
+        target = "/" + rest if slash else "/" + (f"?{query}" if query else "")
+        model = self._supervisor.catalogue.resolve(unquote(name))
+        if request.method in _READ_ONLY and _is_browsing(request, target):
+            shown = self._supervisor.view(model)
+            if shown is None or shown.state is not State.READY:
+                raise UnavailableError(f"'{model}' is not loaded, and a browser's look does not load it")
+        body = await self._body(request) if request.body_exists else b""
+        is_stream = False
+        if body and body[:1] == b"{":
+            is_stream = read_json_facts(body).is_stream
+        return await self._forward(request, target, RequestFacts(model, is_stream), body)
+
+    async def _body(self, request: web.BaseRequest) -> bytes | bytearray:
+        body = await read_body(request, limit=self.max_body)
+        if body is None:
+            raise BodyTooLargeError(
+                f"the body is over {self.max_body} bytes", hint="send less, or raise max_body in llmstudiod.yaml"
+            )
+        return body
+
+    # A place, and the exchange
+
+    async def _forward(
+        self, request: web.BaseRequest, target: str, facts: RequestFacts, body: bytes | bytearray
+    ) -> web.StreamResponse:
+        path = request.raw_path.partition("?")[0]
+        model = self._supervisor.catalogue.resolve(facts.model)
+        client = ClientStream(request)
+        ticket = self._supervisor.ask(model, cost_tokens=facts.cost_tokens)
+        try:
+            if not ticket.is_settled:
+                await self._wait(ticket, client, is_stream=facts.is_stream)
+            if ticket.error is not None:
+                return self._refuse(client, ticket.error, path)
+            return await self._exchange(request, client, ticket, target, body)
+        finally:
+            client.attach(None)
+            self._supervisor.end(ticket)
+
+    async def _wait(self, ticket: Ticket, client: ClientStream, *, is_stream: bool) -> None:
+        """Wait for the place; a client that reads a stream is told every few seconds that it is not forgotten."""
+        while not ticket.is_settled:
+            try:
+                async with asyncio.timeout(self.wait_comment_interval_s if is_stream else None):
+                    await self._supervisor.settled(ticket)
+            except TimeoutError:
+                client.comment(self._waiting_for(ticket.model))
+
+    def _waiting_for(self, model: str) -> str:
+        shown = self._supervisor.view(model)
+        if shown is None:
+            return f"waiting for {model}"
+        if shown.state is State.READY:
+            return f"waiting for a slot of {model}"
+        percent = "" if shown.progress is None else f" {shown.progress:.0%}"
+        is_loading = shown.state in {State.STARTING, State.LOADING}
+        return f"loading {model}{percent}" if is_loading else f"waiting for {model}"
+
+    def _refuse(self, client: ClientStream, error: LlmstudioError, path: str) -> web.StreamResponse:
+        if not client.is_begun:
+            raise error
+        client.send_part(error_event(error, path=path))
+        client.end()
+        return _relayed(client)
+
+    async def _exchange(
+        self, request: web.BaseRequest, client: ClientStream, ticket: Ticket, target: str, body: bytes | bytearray
+    ) -> web.StreamResponse:
+        path = request.raw_path.partition("?")[0]
+        pool = self._pools.get(ticket.model, ticket.run)
+        if pool is None:
+            return self._refuse(client, await self._why(ticket), path)
+        exchange = Exchange(
+            pool,
+            client.write,
+            client_is_http11=client.is_http11,
+            is_begun=client.is_begun,
+            is_head_request=request.method == "HEAD",
+            is_last=client.is_last,
+        )
+        client.attach(exchange)
+        length = len(body) if body or request.method not in _READ_ONLY else None
+        head = request_head(request.method, target, request.raw_headers, length)
+        outcome = await exchange.run(head, body)
+        if outcome is Outcome.UPSTREAM_LOST:
+            return await self._after_loss(client, exchange, ticket, path)
+        if exchange.collected is not None:
+            # The head was already sent as a stream's: the upstream's own error becomes its last event.
+            client.send_part(b"data: " + bytes(exchange.collected[:MAX_COLLECTED]).replace(b"\n", b" ") + b"\n\n")
+            client.end()
+            return _relayed(client)
+        client.is_last = exchange.is_last
+        return _relayed(client)
+
+    async def _after_loss(
+        self, client: ClientStream, exchange: Exchange, ticket: Ticket, path: str
+    ) -> web.StreamResponse:
+        error = await self._why(ticket)
+        if exchange.head is None and not client.is_begun:
+            raise error
+        if exchange.can_take_event:
+            client.send_part(error_event(error, path=path))
+            client.end()
+        else:
+            client.abort()
+        return _relayed(client)
+
+    async def _why(self, ticket: Ticket) -> LlmstudioError:
+        """Return why the upstream is gone; its exit is known some milliseconds after its connections."""
+        message, hint = f"'{ticket.model}' ended before it had answered", "see `llmstudioctl status`"
+        try:
+            async with asyncio.timeout(WHY_TIMEOUT_S):
+                while True:
+                    shown = self._supervisor.view(ticket.model)
+                    if shown is None or shown.run != ticket.run or shown.state is State.STOPPED:
+                        break
+                    if shown.failure is not None:
+                        details = {"failure": shown.failure.kind, "lines": list(shown.failure.lines)}
+                        return UpstreamCrashedError(
+                            f"'{ticket.model}' ended: {shown.failure.message}", hint=shown.failure.hint, details=details
+                        )
+                    if shown.state is State.STOPPING and shown.stop_cause is not None:
+                        return UpstreamCrashedError(f"'{ticket.model}' was stopped: {shown.stop_cause}")
+                    await self._supervisor.changed()
+        except TimeoutError:
+            message = f"'{ticket.model}' closed the connection before it had answered"
+        return UpstreamCrashedError(message, hint=hint)
+
+    async def _count_tokens(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        body = await self._body(request)
+        model = self._supervisor.catalogue.resolve(read_json_facts(body).model)
+        ticket = self._supervisor.ask(model)
+        try:
+            await self._supervisor.settled(ticket)
+            if ticket.error is not None:
+                raise ticket.error
+            socket_path = self._supervisor.socket_of(model)
+            shown = self._supervisor.view(model)
+            n_ctx = shown.facts.n_ctx if shown and shown.facts else None
+            return await tokens.answer(path, body, socket_path=socket_path, n_ctx=n_ctx)
+        finally:
+            self._supervisor.end(ticket)
+
+
+class _MethodNotAllowedError(LlmstudioError):
+    """The route exists, with another method."""
+
+    kind, status, exit_code, openai_type = "method_not_allowed", 405, 2, "invalid_request_error"
+
+
+def _is_browsing(request: web.BaseRequest, target: str) -> bool:
+    """Whether a GET is a browser's look around: icons, scripts, pages."""
+    is_asset = target.partition("?")[0].endswith(_ASSETS)
+    wants_page = "text/html" in request.headers.get("Accept", "")
+    return is_asset or wants_page or "Sec-Fetch-Mode" in request.headers
+
+
+def _relayed(client: ClientStream) -> web.StreamResponse:
+    return cast("web.StreamResponse", Relayed(keep_alive=not client.is_last))
+
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]

@@ -1,0 +1,422 @@
+"""The data path: raw bytes from a model's Unix socket to the client's connection, with back-pressure both ways.
+
+aiohttp has parsed the request. The response's head is rewritten, its body relayed as it comes while its framing is
+watched, so that the connection can be used again. Five to eight times the requests of a proxy that rebuilds both.
+
+llama-server closes a connection after 5.0 s of rest or 100 requests; ours retire before that, and a request that got
+no byte of an answer from a reused connection is sent once more on a fresh one.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import cast
+
+from llmstudiod.http.framing import (
+    LAST_CHUNK,
+    MAX_HEAD_BYTES,
+    Body,
+    ChunkWatcher,
+    FramingError,
+    ResponseHead,
+    chunk,
+    parse_head,
+)
+
+IDLE_LIMIT_S = 4.0
+USES_LIMIT = 90
+WRITE_SLICE = 256 << 10
+
+HOP_BY_HOP = frozenset(
+    {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te"}
+    | {b"trailer", b"transfer-encoding", b"upgrade"}
+)
+"""Source: RFC 9110, section 7.6.1."""
+
+_DROPPED = HOP_BY_HOP | {b"server", b"content-length"}
+
+
+class Outcome(Enum):
+    """How an exchange ended."""
+
+    COMPLETE = "complete"
+    UPSTREAM_LOST = "upstream lost"
+    CLIENT_LOST = "client lost"
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection to an upstream; serves one exchange at a time."""
+
+    __slots__ = ("_pool", "_writable", "exchange", "idle_since", "transport", "uses")
+
+    def __init__(self, pool: "Pool") -> None:
+        self._pool = pool
+        self._writable: asyncio.Future[None] | None = None
+        self.transport: asyncio.Transport | None = None
+        self.exchange: Exchange | None = None
+        self.uses = 0
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Pass bytes to the exchange; bytes that nobody asked for end the connection."""
+        if self.exchange is not None:
+            self.exchange.upstream_sent(data)
+        else:
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """Tell whoever depends on it."""
+        self.transport = None
+        self._pool.forget(self)
+        self.resume_writing()
+        if self.exchange is not None:
+            self.exchange.upstream_lost()
+
+    def pause_writing(self) -> None:
+        """The upstream reads slower than the request's body comes."""
+        self._writable = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        """The upstream has caught up."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    async def send(self, head: bytes, body: bytes | bytearray) -> None:
+        """Write a request; a large body goes in slices, at the upstream's pace."""
+        if self.transport is None:
+            return
+        if len(body) <= WRITE_SLICE:
+            self.transport.write(head + body if body else head)
+            return
+        self.transport.write(head)
+        view = memoryview(body)
+        for start in range(0, len(view), WRITE_SLICE):
+            if self._writable is not None:
+                await self._writable
+            if self.transport is None:
+                return
+            self.transport.write(view[start : start + WRITE_SLICE])
+
+    def abort(self) -> None:
+        """Close at once; llama-server frees the slot within some 25 ms."""
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class Pool:
+    """The connections to one run of one model."""
+
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
+        self._idle: list[Connection] = []
+        self._all: set[Connection] = set()
+        self._is_closed = False
+
+    def take_idle(self) -> Connection | None:
+        """Return a connection that is surely still open on the other side, the most recently used first."""
+        now = asyncio.get_running_loop().time()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.transport is not None and now - connection.idle_since < IDLE_LIMIT_S:
+                return connection
+            connection.abort()
+        return None
+
+    async def connect(self) -> Connection:
+        """Return a fresh connection.
+
+        Raises:
+            OSError: Nobody listens at the socket.
+        """
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_unix_connection(lambda: Connection(self), self.socket_path)
+        self._all.add(connection)
+        if self._is_closed:
+            connection.abort()
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep a connection for the next request, unless it has served its time."""
+        if self._is_closed or connection.uses >= USES_LIMIT:
+            connection.abort()
+            return
+        connection.idle_since = asyncio.get_running_loop().time()
+        self._idle.append(connection)
+
+    def forget(self, connection: Connection) -> None:
+        """Drop a connection that is closed."""
+        self._all.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        """Cut everything; llama-server does not obey SIGTERM while a request is pending."""
+        self._is_closed = True
+        for connection in list(self._all):
+            connection.abort()
+
+
+class Pools:
+    """The pools of all running models, opened and closed by the supervisor."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[str, int], Pool] = {}
+
+    def open(self, model: str, run: int, socket_path: str) -> None:
+        """Allow connections to this run's socket."""
+        self._pools[model, run] = Pool(socket_path)
+
+    def close(self, model: str, run: int) -> None:
+        """Cut every connection of this run."""
+        pool = self._pools.pop((model, run), None)
+        if pool is not None:
+            pool.close()
+
+    def get(self, model: str, run: int) -> Pool | None:
+        """Return the pool of a run, or None when that run is over."""
+        return self._pools.get((model, run))
+
+
+class Exchange:
+    """One request and its response. ``write`` puts bytes into the client's connection.
+
+    ``is_begun``: the client already has a head, since it was kept alive with comments; then an upstream's answer that
+    is no event stream is collected for the caller instead of being relayed.
+    """
+
+    __slots__ = (
+        "_buffer", "_connection", "_done", "_has_paused", "_left", "_watcher", "_write", "client_is_http11",
+        "collected", "extra_headers", "head", "is_begun", "is_head_request", "is_last", "pool", "sent_anything",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        pool: Pool,
+        write: Callable[[bytes], None],
+        *,
+        client_is_http11: bool,
+        is_begun: bool,
+        is_head_request: bool,
+        is_last: bool,
+        extra_headers: bytes = b"",
+    ) -> None:
+        self.pool = pool
+        self.client_is_http11 = client_is_http11
+        self.is_begun = is_begun
+        self.is_head_request = is_head_request
+        self.is_last = is_last
+        self.extra_headers = extra_headers
+        self.head: ResponseHead | None = None
+        self.collected: bytearray | None = None
+        self.sent_anything = False  # whether any byte of the upstream's answer was seen
+        self._write = write
+        self._connection: Connection | None = None
+        self._done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._buffer = b""
+        self._left = 0
+        self._watcher: ChunkWatcher | None = None
+        self._has_paused = False
+
+    async def run(self, head: bytes, body: bytes | bytearray) -> Outcome:
+        """Send the request and relay the answer; return how it ended. Cancelling cuts the upstream off."""
+        try:
+            while True:
+                reused = self.pool.take_idle()
+                try:
+                    connection = reused or await self.pool.connect()
+                except OSError:
+                    return Outcome.UPSTREAM_LOST
+                outcome = await self._run_on(connection, head, body)
+                if outcome is Outcome.UPSTREAM_LOST and reused is not None and not self.sent_anything:
+                    self._done = asyncio.get_running_loop().create_future()
+                    continue  # it was closed under our hands: nothing has been answered, so nothing is done twice
+                return outcome
+        finally:
+            if self._connection is not None:
+                self._connection.exchange = None
+                self._connection.abort()
+                self._connection = None
+
+    async def _run_on(self, connection: Connection, head: bytes, body: bytes | bytearray) -> Outcome:
+        self._connection = connection
+        connection.exchange = self
+        connection.uses += 1
+        if connection.transport is None:
+            return Outcome.UPSTREAM_LOST
+        await connection.send(head, body)
+        return await self._done
+
+    # The upstream's side
+
+    def upstream_sent(self, data: bytes) -> None:
+        """Take what came from the upstream."""
+        self.sent_anything = True
+        try:
+            if self.head is None:
+                self._take_head(data)
+            else:
+                self._take_body(b"", data)
+        except FramingError:
+            self._finish(Outcome.UPSTREAM_LOST)
+
+    def upstream_lost(self) -> None:
+        """The connection is gone: the end of a body without a length, the end of the exchange otherwise."""
+        self._connection = None
+        if self.head is not None and self.head.body is Body.CLOSE:
+            self._finish(Outcome.COMPLETE)
+        else:
+            self._finish(Outcome.UPSTREAM_LOST)
+
+    def _take_head(self, data: bytes) -> None:
+        self._buffer += data
+        while True:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                if len(self._buffer) > MAX_HEAD_BYTES:
+                    raise FramingError("the head is too long")
+                return
+            head = parse_head(self._buffer[:end], is_head_request=self.is_head_request)
+            rest, self._buffer = self._buffer[end + 4 :], b""
+            if head.status >= 200:
+                break
+            self._buffer = rest  # an interim answer such as 100 Continue is not the client's business
+        self.head = head
+        self._left = head.length
+        self._watcher = ChunkWatcher() if head.body is Body.CHUNKED else None
+        is_stream = head.status == 200 and head.get(b"content-type").startswith(b"text/event-stream")
+        if self.is_begun and not is_stream:
+            self.collected = bytearray()
+        if head.body is Body.CLOSE or (head.body is Body.CHUNKED and not self.client_is_http11):
+            self.is_last = True
+        self._take_body(b"" if self.is_begun else self._client_head(head), rest)
+
+    def _client_head(self, head: ResponseHead) -> bytes:
+        """Return the head for the client: what concerns only our own connection to the upstream is left out.
+
+        llama-server reflects any Origin with credentials, which would let any web page read the answers.
+        """
+        lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
+        lines += [
+            name + b": " + value
+            for name, value in head.headers
+            if name not in _DROPPED and not name.startswith(b"access-control-")
+        ]
+        if head.body is Body.CHUNKED and self.client_is_http11:
+            lines.append(b"transfer-encoding: chunked")
+        elif head.body in {Body.LENGTH, Body.NONE}:
+            length = head.get(b"content-length") or (b"" if head.status in {204, 304} else b"0")
+            lines += [b"content-length: " + length] if length else []
+        if self.is_last:
+            lines.append(b"connection: close")
+        elif not self.client_is_http11:
+            lines.append(b"connection: keep-alive")
+        return b"\r\n".join(lines) + b"\r\n" + self.extra_headers + b"\r\n"
+
+    def _take_body(self, head: bytes, data: bytes) -> None:
+        """Relay a piece of the body (after ``head``, in the same write) and see whether it was the last."""
+        assert self.head is not None
+        kind = self.head.body
+        is_over = kind is Body.NONE
+        extra = b""
+        payload: list[bytes] | None = None
+        if kind is Body.LENGTH:
+            if len(data) > self._left:
+                data, extra = data[: self._left], data[self._left :]
+            self._left -= len(data)
+            is_over = self._left == 0
+        elif self._watcher is not None:
+            payload = [] if self._is_rebuilt else None
+            used = self._watcher.feed(data, payload)
+            data, extra = (data[:used], data[used:]) if used != len(data) else (data, b"")
+            is_over = self._watcher.is_done
+        if self.collected is not None:
+            self.collected += b"".join(payload) if payload is not None else data
+        else:
+            out = self._encoded(data, payload, is_over=is_over)
+            if head or out:
+                self._write(head + out if head else out)
+        if is_over or extra:
+            self._complete(is_clean=not extra)
+
+    @property
+    def _is_rebuilt(self) -> bool:
+        """Whether the body's chunks cannot simply be passed on."""
+        return self.collected is not None or not self.client_is_http11
+
+    def _encoded(self, data: bytes, payload: list[bytes] | None, *, is_over: bool) -> bytes:
+        if payload is not None:  # an HTTP/1.0 client knows no chunks: its body ends with the connection
+            return b"".join(payload)
+        if self._watcher is None and self.is_begun and self.client_is_http11:
+            return chunk(data) + (LAST_CHUNK if is_over else b"")  # we have promised chunks, the upstream sends none
+        return data
+
+    def _complete(self, *, is_clean: bool) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.exchange = None
+            if connection.transport is not None:
+                self._resume(connection.transport)
+            if is_clean and self.head is not None and self.head.is_keep_alive:
+                self.pool.give_back(connection)
+            else:
+                connection.abort()
+        self._finish(Outcome.COMPLETE)
+
+    def _finish(self, outcome: Outcome) -> None:
+        if not self._done.done():
+            self._done.set_result(outcome)
+
+    @property
+    def can_take_event(self) -> bool:
+        """Whether an event of ours can follow in the client's stream, after an upstream was lost in the middle."""
+        if self.head is None:
+            return self.is_begun
+        is_stream = self.head.get(b"content-type").startswith(b"text/event-stream")
+        return is_stream and (self._watcher is None or self._watcher.is_between_chunks or not self.client_is_http11)
+
+    # The client's side
+
+    def client_paused(self) -> None:
+        """The client reads too slowly: let the upstream wait, and with it the model."""
+        if self._connection is not None and self._connection.transport is not None:
+            self._connection.transport.pause_reading()
+            self._has_paused = True
+
+    def client_resumed(self) -> None:
+        """The client has caught up."""
+        if self._connection is not None and self._connection.transport is not None:
+            self._resume(self._connection.transport)
+
+    def _resume(self, transport: asyncio.Transport) -> None:
+        if self._has_paused:
+            self._has_paused = False
+            if not transport.is_closing():
+                transport.resume_reading()
+
+
+def request_head(method: str, target: str, headers: Iterable[tuple[bytes, bytes]], length: int | None) -> bytes:
+    """Return the head of the request to the upstream: the client's without what is only between it and us."""
+    lines = [f"{method} {target} HTTP/1.1".encode("utf-8", "surrogateescape"), b"host: localhost"]
+    lines += [name + b": " + value for name, value in headers if name.lower() not in _NOT_FORWARDED]
+    if length is not None:
+        lines.append(b"content-length: %d" % length)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+_NOT_FORWARDED = HOP_BY_HOP | {
+    b"host",
+    b"content-length",
+    b"content-encoding",  # the body was decompressed on the way in
+    b"accept-encoding",
+    b"expect",
+    b"origin",
+    b"referer",
+    b"cookie",
+    b"authorization",
+    b"x-api-key",
+}

@@ -1,0 +1,1 @@
+"""Starting and stopping models: transient systemd units, or plain processes."""

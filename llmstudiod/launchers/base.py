@@ -1,0 +1,101 @@
+"""What every launcher offers: start, wait for the end, stop, read the log. The supervisor knows no more."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, Self
+
+from llmstudiod.core.command import BoundFile
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """All that a launcher is told: plain values, small, serialisable, so that a privileged helper can take it.
+
+    ``limits`` holds systemd's property names; the subprocess launcher has no use for them.
+    """
+
+    model_id: str
+    recipe_hash: str
+    recipe_file: str | None
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    socket_path: str
+    files: tuple[BoundFile, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
+    needs_gpu: bool = False
+
+    def to_json(self) -> str:
+        """Return the request as one line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the request that `to_json` wrote."""
+        raw = json.loads(text)
+        raw["argv"] = tuple(raw["argv"])
+        raw["files"] = tuple(BoundFile(**file) for file in raw["files"])
+        return cls(**raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A running server. ``name`` is the systemd unit, or ``process`` for a plain one."""
+
+    model_id: str
+    name: str
+    pid: int
+    invocation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a server ended. ``result`` is systemd's word: success, exit-code, signal, core-dump, oom-kill, timeout."""
+
+    result: str
+    code: int | None = None
+    signal: int | None = None
+    lines: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the end in a few words."""
+        if self.result == "oom-kill":
+            return "killed for want of memory"
+        if self.signal is not None:
+            return f"killed by signal {self.signal}"
+        return f"exit code {self.code}"
+
+
+class Launcher(Protocol):
+    """Starts and stops one server for each model. Not thread-safe; each model has one server at a time."""
+
+    name: str
+    is_sandboxed: bool
+
+    def socket_path(self, model_id: str) -> str:
+        """Return where the model's server must listen."""
+
+    async def start(self, request: LaunchRequest) -> Unit:
+        """Start the server; return once it is executing.
+
+        Raises:
+            LauncherError: It could not be started.
+        """
+
+    async def wait(self, unit: Unit) -> Exit:
+        """Return when the server has ended, with its last lines."""
+
+    async def stop(self, model_id: str, *, is_forced: bool) -> None:
+        """Stop the model's server and everything that it started; return when nothing is left."""
+
+    async def lines(self, model_id: str, *, limit: int) -> list[str]:
+        """Return the last lines of the model's log, oldest first."""
+
+    def follow(self, model_id: str) -> AsyncIterator[str]:
+        """Return the lines that the model's server writes from now on."""
+
+    async def clean_up(self) -> list[str]:
+        """Stop what an earlier daemon has left; return the models concerned."""
+
+    async def close(self) -> None:
+        """Give up whatever the launcher itself holds."""

@@ -1,0 +1,74 @@
+"""The last lines of a model's output, for launchers that have no journal. Always drained, never blocking."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+MAX_LINES = 2000
+MAX_LINE_BYTES = 16 << 10
+
+
+class LogBuffer:
+    """A ring of lines that lives through restarts of its model; a follower that is too slow loses lines."""
+
+    def __init__(self) -> None:
+        self.count = 0  # lines ever seen: shows that a loading server is alive
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
+        self._run_began_at = 0
+        self._followers: set[asyncio.Queue[str]] = set()
+
+    def begin_run(self) -> None:
+        """Remember where the lines of this run begin: a line of the last failure must not explain the next one."""
+        self._run_began_at = self.count
+
+    def last(self, limit: int) -> list[str]:
+        """Return the last lines of all runs, oldest first."""
+        return list(self._lines)[-limit:] if limit > 0 else []
+
+    def last_of_run(self, limit: int) -> list[str]:
+        """Return the last lines of the present run."""
+        return self.last(min(limit, self.count - self._run_began_at))
+
+    def add(self, raw: bytes) -> None:
+        """Take one line without its end."""
+        line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r")
+        self._lines.append(line)
+        self.count += 1
+        for queue in self._followers:
+            if not queue.full():
+                queue.put_nowait(line)
+
+    async def follow(self) -> AsyncIterator[str]:
+        """Yield the lines that come from now on, until the caller stops."""
+        queue: asyncio.Queue[str] = asyncio.Queue(maxsize=MAX_LINES)
+        self._followers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._followers.discard(queue)
+
+
+class PipeDrain(asyncio.Protocol):
+    """Reads one run's pipe into the buffer; ``closed`` is set when nobody holds the other end any more."""
+
+    def __init__(self, log: LogBuffer) -> None:
+        self.closed = asyncio.Event()
+        self._log = log
+        self._rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        """Cut what came into lines."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE_BYTES:
+            lines.append(self._rest)
+            self._rest = b""
+        for line in lines:
+            self._log.add(line)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """Keep what had no line end, and let waiters know."""
+        if self._rest:
+            self._log.add(self._rest)
+            self._rest = b""
+        self.closed.set()

@@ -1,0 +1,188 @@
+"""Models as transient systemd units, through ``systemd-run``.
+
+Death is seen through a pidfd, some 2 ms after it happens; the journal is 150 to 300 ms late and only tells why.
+"""
+
+import asyncio
+import grp
+import os
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from llmstudiod.errors import LauncherError
+from llmstudiod.launchers.base import Exit, LaunchRequest, Unit
+from llmstudiod.launchers.unit import PREFIX, inside_socket_path, systemd_run_argv, unit_name
+
+GROUP = "llmstudio-model"
+COMMAND_TIMEOUT_S = 45.0
+SETTLE_S = 0.05
+JOURNAL_LAG_S = 0.35
+LAST_LINES = 50
+_SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus"
+_CLD_EXITED = "1"
+
+
+def is_usable() -> str | None:
+    """Return why transient units cannot be used here, or None when they can."""
+    if not Path("/run/systemd/system").is_dir():
+        return "systemd is not PID 1 here"
+    if os.geteuid() != 0:
+        return "starting units needs root"
+    if shutil.which("systemd-run") is None:
+        return "systemd-run is not installed"
+    return None
+
+
+class SystemdLauncher:
+    """See `llmstudiod.launchers.base.Launcher`."""
+
+    name = "systemd"
+    is_sandboxed = True
+
+    def __init__(self) -> None:
+        self._units: dict[str, Unit] = {}
+
+    def socket_path(self, model_id: str) -> str:
+        """Return the socket in the unit's own runtime directory."""
+        return inside_socket_path(model_id)
+
+    async def start(self, request: LaunchRequest) -> Unit:
+        """Start the unit; a failed one of the same name is cleared away first."""
+        argv = systemd_run_argv(request, group=_group())
+        code, output = await _run(argv)
+        if code and "already loaded" in output:
+            await self._clear(unit_name(request.model_id))
+            code, output = await _run(argv)
+        if code:
+            raise LauncherError(
+                f"cannot start {unit_name(request.model_id)}: {_reason(output)}",
+                hint=f"`systemctl status {unit_name(request.model_id)}` and its journal tell more",
+                details={"lines": output.splitlines()[-5:]},
+            )
+        shown = await _show(unit_name(request.model_id))
+        unit = Unit(request.model_id, unit_name(request.model_id), int(shown["MainPID"]), shown["InvocationID"])
+        self._units[request.model_id] = unit
+        return unit
+
+    async def wait(self, unit: Unit) -> Exit:
+        """Return when the unit's process has ended and systemd has settled its state."""
+        await _process_end(unit)
+        shown = await _show(unit.name)
+        while shown["InvocationID"] == unit.invocation_id and shown["ActiveState"] in {"active", "deactivating"}:
+            await asyncio.sleep(SETTLE_S)
+            shown = await _show(unit.name)
+        if shown["InvocationID"] != unit.invocation_id or shown["ActiveState"] != "failed":
+            return Exit("success", code=0)  # a unit that ended cleanly is gone at once
+        await asyncio.sleep(JOURNAL_LAG_S)
+        lines = await _journal(f"_SYSTEMD_INVOCATION_ID={unit.invocation_id}", limit=LAST_LINES)
+        status = int(shown["ExecMainStatus"] or 0)
+        if shown["ExecMainCode"] == _CLD_EXITED:
+            return Exit(shown["Result"], code=status, lines=tuple(lines))
+        return Exit(shown["Result"], signal=status, lines=tuple(lines))
+
+    async def stop(self, model_id: str, *, is_forced: bool) -> None:
+        """Stop the unit: SIGTERM, ten seconds, SIGKILL, as its properties say."""
+        name = unit_name(model_id)
+        if is_forced:
+            await _run(["systemctl", "kill", "--signal=SIGKILL", name])
+        await self._clear(name)
+        self._units.pop(model_id, None)
+
+    @staticmethod
+    async def _clear(name: str) -> None:
+        await _run(["systemctl", "stop", name])
+        await _run(["systemctl", "reset-failed", name])
+
+    async def lines(self, model_id: str, *, limit: int) -> list[str]:
+        """Return the last lines of the unit's journal, of earlier runs too."""
+        return await _journal(f"_SYSTEMD_UNIT={unit_name(model_id)}", limit=limit)
+
+    async def follow(self, model_id: str) -> AsyncIterator[str]:
+        """Yield the journal's lines as they come, some 200 ms late."""
+        process = await asyncio.create_subprocess_exec(
+            "journalctl", "-q", "-f", "-n", "0", "-o", "cat", "--all", f"_SYSTEMD_UNIT={unit_name(model_id)}",
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            limit=1 << 17,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            while line := await process.stdout.readline():
+                yield line.decode(errors="replace").rstrip("\n")
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def clean_up(self) -> list[str]:
+        """Stop units that an earlier daemon left; nobody would watch or unload them."""
+        _, output = await _run(["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{PREFIX}*.service"])
+        names = [line.split()[0] for line in output.splitlines() if line.split()]
+        await asyncio.gather(*(self._clear(name) for name in names))
+        return [name.removeprefix(PREFIX).removesuffix(".service") for name in names]
+
+    async def close(self) -> None:
+        """Units belong to systemd; there is nothing to give up."""
+
+
+def _group() -> str | None:
+    """Return the group of the models' sockets where the package has made it."""
+    try:
+        return grp.getgrnam(GROUP).gr_name
+    except KeyError:
+        return None  # with DynamicUser= systemd would silently invent one
+
+
+async def _run(argv: Sequence[str]) -> tuple[int, str]:
+    """Run a command of systemd's; return its exit code and what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), COMMAND_TIMEOUT_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return 124, f"{argv[0]} did not answer within {COMMAND_TIMEOUT_S:.0f} s"
+    return process.returncode or 0, output.decode(errors="replace")
+
+
+async def _show(name: str) -> dict[str, str]:
+    _, output = await _run(["systemctl", "show", f"--property={_SHOWN}", name])
+    shown = dict.fromkeys(_SHOWN.split(","), "") | {"MainPID": "0"}
+    for line in output.splitlines():
+        key, _, value = line.partition("=")
+        shown[key] = value
+    return shown
+
+
+async def _journal(match: str, *, limit: int) -> list[str]:
+    _, output = await _run(["journalctl", "-q", "-o", "cat", "--all", "-n", str(limit), match])
+    return output.splitlines()
+
+
+async def _process_end(unit: Unit) -> None:
+    """Return when the unit's process has ended; it need not be our child."""
+    try:
+        pidfd = os.pidfd_open(unit.pid)
+    except OSError:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        # The number may have gone to another process before it was opened: only now is it tied to ours.
+        shown = await _show(unit.name)
+        if (shown["MainPID"], shown["InvocationID"]) == (str(unit.pid), unit.invocation_id):
+            await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+def _reason(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "systemd-run gave no reason"
