@@ -9,7 +9,6 @@ What llama.cpp refuses in a header (ggml/src/gguf.cpp) is refused here too: the 
 """
 
 import errno
-import itertools
 import math
 import os
 import re
@@ -17,7 +16,7 @@ import stat
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,14 +37,13 @@ MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_KEPT_ELEMENTS = 1024  # per-layer arrays (head_count_kv) are kept, vocabularies are not
 MAX_KEPT_BYTES = 4 << 20  # strings and small arrays of one file together; chat templates are 10 to 100 kB
 
-MAX_SEARCH_DEPTH = 4  # hub/models--ORG--NAME/snapshots/REVISION/QUANTISATION
-MAX_SEARCH_ENTRIES = 50_000
+MAX_TYPE_NUMBER = 999  # types are numbered from 0, 43 of them in 2026; beyond this the header is damaged
+
+SHARD_NAME = re.compile(r"(?P<base>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 
 _BLOCK_BYTES = 1 << 20
 _DOWNLOAD_AGAIN = "download it again and compare its size and checksum with the source's"
 _ALIGNMENT_KEY = "general.alignment"
-_SHARD_NAME = re.compile(r"(?P<base>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
-_SHARD_STEM_END = re.compile(r"-[0-9]{5}-of-[0-9]{5}\Z")
 
 
 class BadModelFileError(LlmstudioError):
@@ -68,12 +66,15 @@ class ModelFilePermissionError(BadModelFileError):
 
 @dataclass(frozen=True, slots=True)
 class GgmlType:
-    """How a tensor's numbers are stored: ``block_bytes`` for every ``block_size`` numbers of a row."""
+    """How a tensor's numbers are stored: ``block_bytes`` for every ``block_size`` numbers of a row.
+
+    None for both: a type of a newer llama.cpp. Whether it can be served is for the installed llama.cpp to say.
+    """
 
     number: int
     name: str
-    block_size: int
-    block_bytes: int
+    block_size: int | None
+    block_bytes: int | None
 
 
 # ggml.h and ggml.c (type_traits), spelled as ggml_type_name() does; q2_0 came after gguf-py 0.19.
@@ -118,18 +119,21 @@ MetadataValue = Scalar | tuple[int | float | bool, ...] | ArraySummary
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: ``shape`` with the row length first, ``offset`` from the file's ``data_offset``."""
+    """One tensor: ``shape`` with the row length first, ``offset`` from the file's ``data_offset``.
+
+    ``n_bytes`` is None for a type whose size is unknown.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: GgmlType
     offset: int
-    n_bytes: int
+    n_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """The header of one GGUF file, which is whole: the data that it describes is there."""
+    """The header of one GGUF file, which is whole: the data that it describes is there, if its size can be told."""
 
     path: Path
     file_bytes: int
@@ -140,13 +144,18 @@ class GgufHeader:
 
     @property
     def weights_bytes(self) -> int:
-        """The tensors' bytes, without the padding between them."""
-        return sum(tensor.n_bytes for tensor in self.tensors)
+        """The tensors' bytes, without the padding between them; all data of the file where a size is unknown."""
+        sizes = [tensor.n_bytes for tensor in self.tensors if tensor.n_bytes is not None]
+        return sum(sizes) if len(sizes) == len(self.tensors) else max(0, self.file_bytes - self.data_offset)
 
     @property
-    def expected_file_bytes(self) -> int:
-        """The least size of a whole file with this header; llama.cpp wants no padding after the last tensor."""
-        return self.data_offset + max((tensor.offset + tensor.n_bytes for tensor in self.tensors), default=0)
+    def expected_file_bytes(self) -> int | None:
+        """The least size of a whole file with this header, or None where the size of a tensor is unknown.
+
+        llama.cpp wants no padding after the last tensor.
+        """
+        ends = [tensor.offset + tensor.n_bytes for tensor in self.tensors if tensor.n_bytes is not None]
+        return self.data_offset + max(ends, default=0) if len(ends) == len(self.tensors) else None
 
     @property
     def n_params(self) -> int:
@@ -203,41 +212,13 @@ class GgufHeader:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A model that llama-server can be pointed at: ``path`` goes to ``--model``, sums are over all shards."""
-
-    path: Path
-    shards: tuple[Path, ...]
-    header: GgufHeader
-    tensors: tuple[TensorInfo, ...]
-    total_bytes: int
-    weights_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class FoundModel:
-    """A model met by `find_models`; without its tensors and metadata, so that thousands may be held."""
-
-    model_id: str
-    path: Path
-    shards: tuple[Path, ...]
-    architecture: str | None
-    file_type: str | None
-    total_bytes: int
-    weights_bytes: int
-
-
-HeaderReader = Callable[[Path], GgufHeader]
-
-
 def read_header(path: Path) -> GgufHeader:
     """Return the header of a GGUF file; some 50 ms for a vocabulary of 150,000 tokens.
 
     Raises:
         BadModelFileError: The file cannot be read, is not GGUF, is damaged or is shorter than its header says.
     """
-    with _opened(path) as (descriptor, status):
+    with opened(path) as (descriptor, status):
         return _parse(path, descriptor, status.st_size)
 
 
@@ -255,7 +236,7 @@ class HeaderCache:
     def read(self, path: Path) -> GgufHeader:
         """Return what `read_header` returns, and raise what it raises; faults are not remembered."""
         # The identity is taken from the open file: the name may point elsewhere a moment later.
-        with _opened(path) as (descriptor, status):
+        with opened(path) as (descriptor, status):
             identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
             with self._lock:
                 header = self._headers.get(identity)
@@ -269,44 +250,6 @@ class HeaderCache:
         return header if header.path == path else replace(header, path=path)
 
 
-def resolve_model(path: Path, *, read: HeaderReader = read_header) -> ModelFile:
-    """Return the model at a path: a file, the first shard of a set, or a directory that holds exactly one model.
-
-    Symbolic links are followed to the data, but shards are told by the links' names:
-    in Hugging Face's cache ``x-00001-of-00002.gguf`` is a link to a blob named by its hash.
-
-    Raises:
-        BadModelFileError: There is no such model, or not exactly one, or one of its files is faulty.
-    """
-    if _is_directory(path):
-        path = _only_model_in(path, read=read)
-    header = read(path)
-    name = _SHARD_NAME.fullmatch(path.name)
-    number, count = (int(name["number"]), int(name["count"])) if name else (1, 1)
-    if (header.split_no + 1, header.split_count) != (number, count):
-        told = (
-            f"is part {header.split_no + 1} of {header.split_count} by its header, part {number} of {count} by its name"
-        )
-        raise _bad(path, told, hint="give every part the name that it had at its source, NAME-00001-of-00004.gguf")
-    if number > 1:
-        hint = f"give the first part, {str(_first_shard(path))!r}"
-        raise _bad(path, f"is part {number} of {count}, expected part 1", hint=hint)
-    shards = [path.with_name(_shard_name(name["base"], no, count)) for no in range(1, count + 1)] if name else [path]
-    headers = [header, *(_read_shard(shard, index, header, read=read) for index, shard in enumerate(shards[1:], 1))]
-    tensors = tuple(itertools.chain.from_iterable(part.tensors for part in headers))
-    expected = header.metadata.get("split.tensors.count")
-    if count > 1 and isinstance(expected, int) and expected != len(tensors):
-        raise _bad(path, f"describes {expected} tensors in {count} files, they hold {len(tensors)}")
-    return ModelFile(
-        path=path,
-        shards=tuple(shards),
-        header=header,
-        tensors=tensors,
-        total_bytes=sum(part.file_bytes for part in headers),
-        weights_bytes=sum(tensor.n_bytes for tensor in tensors),
-    )
-
-
 def is_auxiliary(header: GgufHeader) -> bool:
     """Tell whether a file only goes with a model: mmproj, LoRA adapter, control vector, imatrix, bare vocabulary."""
     if header.architecture in {"clip", "controlvector"}:
@@ -315,59 +258,6 @@ def is_auxiliary(header: GgufHeader) -> bool:
         return True
     # The first shard of a set may hold no tensors (llama-gguf-split --no-tensor-first-split).
     return not header.tensors and header.split_count == 1
-
-
-def find_models(
-    directory: Path, *, limit: int = 2000, read: HeaderReader = read_header
-) -> tuple[list[FoundModel], list[BadModelFileError]]:
-    """Return the models below a directory, sorted by path, and what is wrong with the others.
-
-    Looks at names that end in ``.gguf``, `MAX_SEARCH_DEPTH` directories deep, and not at hidden names.
-    A file that is reached by several links counts once. Two models may have the same ``model_id``: the caller chooses.
-    """
-    faults: list[BadModelFileError] = []
-    found: list[FoundModel] = []
-    for path in _first_shards(_gguf_files_below(directory, faults)):
-        if len(found) >= limit:
-            faults.append(_bad(directory, f"holds more than {limit} models, the rest is left out", hint="split it up"))
-            break
-        try:
-            model = None if _is_mmproj_name(path) else resolve_model(path, read=read)
-            if model is None or is_auxiliary(model.header):
-                continue
-            model_id = model_id_from_stem(path.stem)
-        except BadModelFileError as fault:
-            faults.append(fault)
-            continue
-        found.append(
-            FoundModel(
-                model_id=model_id,
-                path=path,
-                shards=model.shards,
-                architecture=model.header.architecture,
-                file_type=model.header.file_type,
-                total_bytes=model.total_bytes,
-                weights_bytes=model.weights_bytes,
-            )
-        )
-    return sorted(found, key=lambda model: model.path), faults
-
-
-def model_id_from_stem(stem: str) -> str:
-    """Return the model id for a file that has no recipe.
-
-    >>> model_id_from_stem("Qwen3 8B (new)-Q4_K_M-00001-of-00002")
-    'qwen3-8b-new-q4_k_m'
-
-    Raises:
-        BadModelFileError: Nothing of the name can be part of an id.
-    """
-    name = re.sub(r"(?:[^a-z0-9._]|-)+", "-", _SHARD_STEM_END.sub("", stem).lower())
-    model_id = name.lstrip("._-")[:63].rstrip("._-")
-    if not model_id:
-        hint = "rename the file, or write a recipe for it"
-        raise BadModelFileError(f"{stem!r} gives no model id: no letter of a-z or digit in it", hint=hint)
-    return model_id
 
 
 # --- the header, byte by byte ---
@@ -394,7 +284,7 @@ class _Bytes:
         self._block, self._block_at = b"", 0
 
     def refuse(self, found: str, *, hint: str = _DOWNLOAD_AGAIN) -> NoReturn:
-        raise _bad(self.path, found, hint=hint)
+        raise bad_model(self.path, found, hint=hint)
 
     def require(self, count: int) -> None:
         """Refuse the file unless ``count`` more bytes can be part of its header."""
@@ -468,10 +358,10 @@ def _parse(path: Path, descriptor: int, file_bytes: int) -> GgufHeader:
         tensors=tensors,
         data_offset=_padded(data.at, alignment) if tensors else data.at,
     )
-    missing = header.expected_file_bytes - file_bytes
-    if missing > 0:
-        found = f"is {format_bytes(file_bytes)} but its header describes {format_bytes(header.expected_file_bytes)}"
-        data.refuse(f"{found}: the download is incomplete, {format_bytes(missing)} are missing")
+    expected = header.expected_file_bytes
+    if expected is not None and expected > file_bytes:
+        found = f"is {format_bytes(file_bytes)} but its header describes {format_bytes(expected)}"
+        data.refuse(f"{found}: the download is incomplete, {format_bytes(expected - file_bytes)} are missing")
     return header
 
 
@@ -544,7 +434,7 @@ def _may_keep(data: _Bytes, count: int) -> bool:
 
 def _read_tensors(data: _Bytes, n_tensors: int, *, alignment: int) -> tuple[TensorInfo, ...]:
     tensors: dict[str, TensorInfo] = {}
-    expected_offset = 0
+    expected_offset: int | None = 0  # None after a tensor of unknown size: the next one says where it starts
     for index in range(n_tensors):
         data.subject = f"tensor {index + 1} of {n_tensors}"
         length = data.number(_U64)
@@ -555,9 +445,9 @@ def _read_tensors(data: _Bytes, n_tensors: int, *, alignment: int) -> tuple[Tens
         if name in tensors:
             data.refuse(f"has the {data.subject} twice")
         tensor = _read_tensor(data, name)
-        if tensor.offset != expected_offset:
+        if expected_offset is not None and tensor.offset != expected_offset:
             data.refuse(f"has {data.subject} at offset {tensor.offset}, expected {expected_offset}")
-        expected_offset += _padded(tensor.n_bytes, alignment)
+        expected_offset = None if tensor.n_bytes is None else tensor.offset + _padded(tensor.n_bytes, alignment)
         tensors[name] = tensor
     return tuple(tensors.values())
 
@@ -570,47 +460,55 @@ def _read_tensor(data: _Bytes, name: str) -> TensorInfo:
     n_elements = math.prod(shape)
     if n_elements >= 1 << 63 or max(shape, default=0) >= 1 << 63:
         data.refuse(f"has {data.subject} of the impossible shape {shape}")
-    number = data.number(_U32)
-    ggml_type = GGML_TYPES.get(number)
-    if ggml_type is None:
-        kind = f"removed type {_REMOVED_TYPES[number]}" if number in _REMOVED_TYPES else "unknown type"
-        hint = "get another quantisation of the model, or a newer llmstudiod"
-        data.refuse(f"has {data.subject} of the {kind} ({number})", hint=hint)
-    row = shape[0] if shape else 1
-    if row % ggml_type.block_size:
-        blocks = f"{ggml_type.name}, expected a multiple of {ggml_type.block_size}"
-        data.refuse(f"has {data.subject} with rows of {row} elements of type {blocks}")
-    n_bytes = n_elements // ggml_type.block_size * ggml_type.block_bytes
+    ggml_type = _read_type(data)
+    n_bytes = None
+    if ggml_type.block_size is not None and ggml_type.block_bytes is not None:
+        row = shape[0] if shape else 1
+        if row % ggml_type.block_size:
+            blocks = f"{ggml_type.name}, expected a multiple of {ggml_type.block_size}"
+            data.refuse(f"has {data.subject} with rows of {row} elements of type {blocks}")
+        n_bytes = n_elements // ggml_type.block_size * ggml_type.block_bytes
     return TensorInfo(name=name, shape=shape, type=ggml_type, offset=data.number(_U64), n_bytes=n_bytes)
+
+
+def _read_type(data: _Bytes) -> GgmlType:
+    number = data.number(_U32)
+    if number in _REMOVED_TYPES:
+        found = f"of the type {_REMOVED_TYPES[number]} ({number}), which llama.cpp no longer reads"
+        data.refuse(f"has {data.subject} {found}", hint="get another quantisation of the model")
+    if number > MAX_TYPE_NUMBER:
+        data.refuse(f"has {data.subject} of the impossible type {number}")
+    known = GGML_TYPES.get(number)
+    return known or GgmlType(number, f"type-{number}", block_size=None, block_bytes=None)
 
 
 def _padded(count: int, alignment: int) -> int:
     return (count + alignment - 1) // alignment * alignment
 
 
-# --- files, shards, directories ---
+# --- opening files, and what may be wrong with them ---
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
     """Yield a descriptor and status of a regular file; every OSError inside becomes one of ours."""
     try:
         # Without O_NONBLOCK the open of a FIFO waits for a writer for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _os_fault(path, error) from error
+        raise os_fault(path, error) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise _bad(path, "is not a regular file", hint="give the path of a GGUF file")
+            raise bad_model(path, "is not a regular file", hint="give the path of a GGUF file")
         yield descriptor, status
     except OSError as error:
-        raise _os_fault(path, error) from error
+        raise os_fault(path, error) from error
     finally:
         os.close(descriptor)
 
 
-def _os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
+def os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
     details = {"path": str(path)}
     code = error.errno if isinstance(error, OSError) else None
     if code in {errno.ENOENT, errno.ENOTDIR}:
@@ -618,7 +516,7 @@ def _os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
         if path.exists():
             found = "is not a directory"
         hint = "check the path, or download the model"
-        if name := _SHARD_NAME.fullmatch(path.name):
+        if name := SHARD_NAME.fullmatch(path.name):
             part = f"part {int(name['number'])} of a model split into {int(name['count'])} files"
             hint = f"it is {part}: download all of them into one directory"
         return ModelFileNotFoundError(f"{str(path)!r} {found}", hint=hint, details=details)
@@ -626,10 +524,10 @@ def _os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
         hint = "let the daemon's user read it, and search the directories above it"
         return ModelFilePermissionError(f"{str(path)!r} may not be read", hint=hint, details=details)
     reason = os.strerror(code) if code else str(error)
-    return _bad(path, f"cannot be read: {reason}", hint="check the path and the disk")
+    return bad_model(path, f"cannot be read: {reason}", hint="check the path and the disk")
 
 
-def _bad(path: Path, found: str, *, hint: str = _DOWNLOAD_AGAIN) -> BadModelFileError:
+def bad_model(path: Path, found: str, *, hint: str = _DOWNLOAD_AGAIN) -> BadModelFileError:
     # repr(): a file name may hold line breaks and bytes that are not UTF-8, and messages go to the journal.
     return BadModelFileError(f"{str(path)!r} {found}", hint=hint, details={"path": str(path)})
 
@@ -637,124 +535,3 @@ def _bad(path: Path, found: str, *, hint: str = _DOWNLOAD_AGAIN) -> BadModelFile
 def _shown(name: str) -> str:
     """Return a name out of a file, fit for a message."""
     return repr(name if len(name) <= 80 else f"{name[:80]}…")
-
-
-def _shard_name(base: str, number: int, count: int) -> str:
-    return f"{base}-{number:05d}-of-{count:05d}.gguf"
-
-
-def _first_shard(path: Path) -> Path:
-    name = _SHARD_NAME.fullmatch(path.name)
-    return path.with_name(_shard_name(name["base"], 1, int(name["count"]))) if name else path
-
-
-def _first_shards(paths: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(_first_shard(path) for path in paths))
-
-
-def _read_shard(path: Path, index: int, first: GgufHeader, *, read: HeaderReader) -> GgufHeader:
-    header = read(path)
-    found, expected = (header.split_no, header.split_count), (index, first.split_count)
-    if found != expected:
-        told = f"split.no {found[0]} and split.count {found[1]}, expected {expected[0]} and {expected[1]}"
-        raise _bad(path, f"does not belong to {str(first.path)!r}: it has {told}")
-    return header
-
-
-def _only_model_in(directory: Path, *, read: HeaderReader) -> Path:
-    try:
-        with os.scandir(directory) as listing:
-            entries = itertools.islice(listing, MAX_SEARCH_ENTRIES)
-            visible = (entry for entry in entries if not entry.name.startswith("."))
-            files = sorted(Path(entry.path) for entry in visible if not _is_directory(entry))
-    except OSError as error:
-        raise _os_fault(directory, error) from error
-    # A half-finished download beside the model (model.gguf.part) has the magic too, so the suffix goes first.
-    files = [path for path in files if _has_suffix(path.name)] or [path for path in files if _has_magic(path)]
-    models = [path for path in _first_shards(files) if not _is_mmproj_name(path)]
-    if len(models) > 1:
-        models = [path for path in models if not _is_auxiliary_file(path, read=read)]
-    if not models:
-        raise ModelFileNotFoundError(
-            f"{str(directory)!r} holds no model: found no GGUF file, or only files that go with a model",
-            hint="give the path of the GGUF file",
-            details={"path": str(directory)},
-        )
-    if len(models) > 1:
-        names = ", ".join(repr(path.name) for path in models[:8]) + (", …" if len(models) > 8 else "")
-        raise _bad(directory, f"holds {len(models)} models, expected one: {names}", hint="give the path of one of them")
-    return models[0]
-
-
-def _gguf_files_below(directory: Path, faults: list[BadModelFileError]) -> Iterator[Path]:
-    pending = [(directory, 0)]
-    seen: set[tuple[int, int]] = set()  # directories: links may go in circles; files: a link is not a second model
-    n_left = MAX_SEARCH_ENTRIES
-    while pending:
-        folder, depth = pending.pop()
-        try:
-            if _is_seen(folder.stat(), seen):
-                continue
-            with os.scandir(folder) as listing:
-                entries = sorted(itertools.islice(listing, n_left + 1), key=lambda entry: entry.name)
-        except (OSError, ValueError) as error:
-            faults.append(_os_fault(folder, error))
-            continue
-        n_left -= len(entries)
-        if n_left < 0:
-            found = f"holds more than {MAX_SEARCH_ENTRIES} files, the rest is left out"
-            faults.append(_bad(directory, found, hint="keep models in a directory of their own"))
-            return
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                status = entry.stat()
-            except OSError:
-                if _has_suffix(entry.name):  # a dead link: reading it says so
-                    yield Path(entry.path)
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                if depth < MAX_SEARCH_DEPTH:
-                    pending.append((Path(entry.path), depth + 1))
-            elif _has_suffix(entry.name) and not _is_seen(status, seen):
-                yield Path(entry.path)
-
-
-def _is_seen(status: os.stat_result, seen: set[tuple[int, int]]) -> bool:
-    """Tell whether a file was met before, and remember it."""
-    identity = (status.st_dev, status.st_ino)
-    if identity in seen:
-        return True
-    seen.add(identity)
-    return False
-
-
-def _is_directory(path: Path | os.DirEntry[str]) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False  # opening it as a file tells why
-
-
-def _has_suffix(name: str) -> bool:
-    return name.lower().endswith(".gguf")
-
-
-def _has_magic(path: Path) -> bool:
-    try:
-        with _opened(path) as (descriptor, _):
-            return os.pread(descriptor, 4, 0) == b"GGUF"
-    except BadModelFileError:
-        return False
-
-
-def _is_mmproj_name(path: Path) -> bool:
-    return path.name.lower().startswith("mmproj")
-
-
-def _is_auxiliary_file(path: Path, *, read: HeaderReader) -> bool:
-    try:
-        return is_auxiliary(read(path))
-    except BadModelFileError:
-        return False  # a faulty file still counts, so that it is named

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmstudiod.adapters.gguf_file import find_models
+from llmstudiod.adapters.model_files import find_models
 from llmstudiod.adapters.recipe_files import load_recipes
 from llmstudiod.adapters.settings import Settings
 from llmstudiod.core.catalogue import Catalogue, build_catalogue

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmstudiod.adapters.binary import check_argv, find_binary, probe_binary
-from llmstudiod.adapters.gguf_file import HeaderCache, resolve_model
+from llmstudiod.adapters.gguf_file import HeaderCache
+from llmstudiod.adapters.model_files import resolve_model
 from llmstudiod.adapters.settings import Settings
 from llmstudiod.core.command import Command, ModelFiles, ServerBinary, build_command
 from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash

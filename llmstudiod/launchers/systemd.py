@@ -42,6 +42,8 @@ class SystemdLauncher:
 
     def __init__(self) -> None:
         self._units: dict[str, Unit] = {}
+        self._left: list[str] | None = None
+        self._clean_up_lock = asyncio.Lock()
 
     def socket_path(self, model_id: str) -> str:
         """Return the socket in the unit's own runtime directory."""
@@ -49,6 +51,7 @@ class SystemdLauncher:
 
     async def start(self, request: LaunchRequest) -> Unit:
         """Start the unit; a failed one of the same name is cleared away first."""
+        await self.clean_up()  # before our first unit, or it would be taken for a left one
         argv = systemd_run_argv(request, group=_group())
         code, output = await _run(argv)
         if code and "already loaded" in output:
@@ -115,7 +118,13 @@ class SystemdLauncher:
             await process.wait()
 
     async def clean_up(self) -> list[str]:
-        """Stop units that an earlier daemon left; nobody would watch or unload them."""
+        """Stop units that an earlier daemon left, once: nobody would watch or unload them."""
+        async with self._clean_up_lock:
+            if self._left is None:
+                self._left = await self._stop_left()
+            return self._left
+
+    async def _stop_left(self) -> list[str]:
         _, output = await _run(["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{PREFIX}*.service"])
         names = [line.split()[0] for line in output.splitlines() if line.split()]
         await asyncio.gather(*(self._clear(name) for name in names))

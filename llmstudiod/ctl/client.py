@@ -1,0 +1,116 @@
+"""Talks to the admin socket with the standard library alone: a command line tool should start in an instant."""
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from llmstudiod.errors import DaemonUnreachableError, LlmstudioError
+
+DEFAULT_SOCKET = "/run/llmstudio/admin.sock"
+SOCKET_VARIABLE = "LLMSTUDIO_ADMIN_SOCKET"
+
+EXIT_CODES = {
+    "bad_request": 2,
+    "body_too_large": 2,
+    "config": 3,
+    "binary": 3,
+    "not_found": 4,
+    "model_not_found": 4,
+    "access_denied": 5,
+    "queue_full": 6,
+    "upstream_crashed": 7,
+    "unavailable": 7,
+    "load_failed": 7,
+    "backing_off": 7,
+    "shutting_down": 7,
+    "load_stalled": 7,
+    "launcher": 7,
+    "daemon_unreachable": 8,
+}
+"""Exit code by error kind; 0 is success, 1 anything else, 130 an interrupt."""
+
+
+class AnswerError(LlmstudioError):
+    """The daemon answered with an error."""
+
+    def __init__(self, status: int, answer: dict[str, Any]) -> None:
+        super().__init__(str(answer.get("detail") or f"the daemon answered {status}"), hint=answer.get("hint"))
+        self.answer = answer
+        self.answer_kind = str(answer.get("kind") or "internal")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout_s: float | None) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the Unix socket instead of a host."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Requests to the daemon."""
+
+    socket_path: str
+
+    @classmethod
+    def from_environment(cls, given: str | None) -> "Client":
+        """Return the client for the socket that was given, named in the environment, or the usual one."""
+        return cls(given or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET)
+
+    def get(self, *parts: str, timeout_s: float | None = 60) -> Any:  # noqa: ANN401 - JSON holds anything
+        """Return the answer to a GET; ``parts`` are the path's, still unquoted."""
+        return self._ask("GET", _path(parts), timeout_s)
+
+    def post(self, *parts: str, query: str = "", timeout_s: float | None = None) -> Any:  # noqa: ANN401
+        """Return the answer to a POST; by default for as long as it takes."""
+        return self._ask("POST", _path(parts) + (f"?{query}" if query else ""), timeout_s)
+
+    def events(self, *parts: str) -> Iterator[dict[str, Any]]:
+        """Yield the data of each server-sent event, until the daemon ends the stream."""
+        response = self._send("GET", _path(parts), None)
+        for raw in response:
+            if raw.startswith(b"data: "):
+                yield json.loads(raw[6:])
+
+    def _ask(self, method: str, path: str, timeout_s: float | None) -> Any:  # noqa: ANN401
+        response = self._send(method, path, timeout_s)
+        try:
+            answer = json.loads(response.read() or b"null")
+        except ValueError:
+            answer = {"detail": f"the daemon's answer to {method} {path} is no JSON", "kind": "internal"}
+        if response.status >= 400:
+            raise AnswerError(response.status, answer if isinstance(answer, dict) else {})
+        return answer
+
+    def _send(self, method: str, path: str, timeout_s: float | None) -> http.client.HTTPResponse:
+        connection = _UnixConnection(self.socket_path, timeout_s)
+        try:
+            connection.request(method, path)
+            return connection.getresponse()
+        except PermissionError as error:
+            raise DaemonUnreachableError(
+                f"you may not use the admin socket {self.socket_path}", hint="use sudo"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            exists = Path(self.socket_path).exists()
+            hint = "`systemctl status llmstudiod`" if exists else "`systemctl start llmstudiod`"
+            raise DaemonUnreachableError(
+                f"cannot reach the daemon at {self.socket_path}: {reason}",
+                hint=f"{hint}, or name another socket with --socket or {SOCKET_VARIABLE}",
+            ) from error
+
+
+def _path(parts: tuple[str, ...]) -> str:
+    return "/" + "/".join(quote(part, safe="") for part in parts)

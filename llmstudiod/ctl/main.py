@@ -1,0 +1,252 @@
+"""llmstudioctl: what administrators type. A client of the admin socket; only ``check FILE`` reads files itself."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmstudiod import __version__
+from llmstudiod.ctl import show
+from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
+from llmstudiod.errors import DaemonUnreachableError, LlmstudioError
+
+Command = Callable[[Client, argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        command: Command = arguments.command
+        return command(Client.from_environment(arguments.socket), arguments)
+    except AnswerError as error:
+        _complain(arguments, {"kind": error.answer_kind, **error.answer}, error.message, error.hint)
+        return EXIT_CODES.get(error.answer_kind, 1)
+    except LlmstudioError as error:
+        _complain(
+            arguments, {"detail": error.message, "kind": error.kind, "hint": error.hint}, error.message, error.hint
+        )
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # `| head` has seen enough
+        return 0
+
+
+def _complain(arguments: argparse.Namespace, answer: dict[str, Any], message: str, hint: str | None) -> None:
+    if arguments.json:
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
+    print(f"llmstudioctl: {message}", file=sys.stderr)
+    for line in (answer.get("lines") or [])[-5:]:
+        print(f"  | {line}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the answer as JSON")
+    common.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS, help=f"(default: {DEFAULT_SOCKET})")
+    parser = argparse.ArgumentParser(
+        prog="llmstudioctl",
+        description="Look after the models that llmstudiod serves.",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong usage, 3 a faulty file or setting, 4 no such model, "
+        "5 not allowed, 6 queue full, 7 the model cannot be loaded or has ended, 8 daemon not reachable",
+        parents=[common],
+    )
+    parser.set_defaults(json=False, socket=None)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(command=command)
+        return added
+
+    add("list", _list, "list the models and their states")
+    status = add("status", _status, "show the daemon, or one model with its story")
+    status.add_argument("model", nargs="?")
+    load = add("load", _load, "load a model and wait until it is ready")
+    load.add_argument("model")
+    load.add_argument("--no-wait", action="store_true", help="return at once")
+    unload = add("unload", _unload, "unload a model when its requests are answered")
+    unload.add_argument("model", nargs="?")
+    unload.add_argument("--all", action="store_true", help="unload every model")
+    unload.add_argument("--force", action="store_true", help="do not wait for requests in flight")
+    logs = add("logs", _logs, "show a model's log")
+    logs.add_argument("model")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with new lines")
+    logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="how many lines (default: 100)")
+    check = add("check", _check, "check recipe files, or everything that the daemon has loaded")
+    check.add_argument("file", nargs="*", type=Path)
+    explain = add("explain", _explain, "show how a model would be started, and why so")
+    explain.add_argument("model")
+    add("version", _version, "show the versions of this program, the daemon and llama-server")
+    return parser
+
+
+def _print_json(value: object) -> int:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+    return 0
+
+
+def _list(client: Client, arguments: argparse.Namespace) -> int:
+    status = client.get("status")
+    if arguments.json:
+        return _print_json(status["instances"])
+    if status["instances"]:
+        header = ("MODEL", "STATE", "SINCE", "REQUESTS", "CONTEXT", "")
+        print(show.table(header, show.model_rows(status["instances"]), state_column=1))
+    else:
+        print("no models yet: put a GGUF into a model directory, or a recipe into the recipes directory")
+    _tell_faults(status["faults"])
+    return 0
+
+
+def _tell_faults(faults: list[dict[str, Any]]) -> None:
+    if faults:
+        print(f"\n{len(faults)} faults or warnings; `llmstudioctl check` tells them", file=sys.stderr)
+
+
+def _status(client: Client, arguments: argparse.Namespace) -> int:
+    if arguments.model:
+        item = client.get("instances", arguments.model)
+        if arguments.json:
+            return _print_json(item)
+        print(show.status_text(item))
+        return 0
+    status = client.get("status")
+    if arguments.json:
+        return _print_json(status)
+    binary = status["llama_server"]
+    print(f"llmstudiod {status['version']}, port {status['inference_port']}, launcher {status['launcher']}")
+    if "error" in binary:
+        print(f"llama-server: {binary['error']}\nhint: {binary['hint']}")
+    else:
+        print(f"llama-server {binary['version']} ({shlex.join(binary['command'])}, from {binary['source']})")
+        print(f"devices: {', '.join(binary['devices']) or 'CPU only'}")
+    print()
+    return _list(client, arguments)
+
+
+def _load(client: Client, arguments: argparse.Namespace) -> int:
+    if sys.stderr.isatty() and not arguments.no_wait:
+        print(f"loading {arguments.model} …", file=sys.stderr)
+    answer = client.post("launch", arguments.model, query="wait=false" if arguments.no_wait else "")
+    if arguments.json:
+        return _print_json(answer)
+    print(answer["message"])
+    return 0
+
+
+def _unload(client: Client, arguments: argparse.Namespace) -> int:
+    if bool(arguments.model) == arguments.all:
+        print("llmstudioctl unload: expected either a model or --all", file=sys.stderr)
+        return 2
+    query = "force=true" if arguments.force else ""
+    answer = client.post(*(("evict",) if arguments.all else ("evict", arguments.model)), query=query)
+    if arguments.json:
+        return _print_json(answer)
+    names = answer.get("evicted", [arguments.model]) if arguments.all else [arguments.model]
+    print(f"unloaded: {', '.join(names) or 'nothing was loaded'}")
+    return 0
+
+
+def _logs(client: Client, arguments: argparse.Namespace) -> int:
+    if not arguments.follow:
+        answer = client.get("logs", arguments.model)
+        lines = answer["logs"][-arguments.lines :] if arguments.lines > 0 else []
+        if arguments.json:
+            return _print_json({**answer, "logs": lines, "content": "\n".join(lines)})
+        print("\n".join(lines))
+        return 0
+    for event in client.events("logs", arguments.model, "stream"):
+        line = json.dumps(event, ensure_ascii=False) if arguments.json else event["data"]["line"]
+        print(line, flush=True)
+    return 0
+
+
+def _check(client: Client, arguments: argparse.Namespace) -> int:
+    faults = _check_files(arguments.file) if arguments.file else _check_daemon(client)
+    is_faulty = any(fault["severity"] == "fault" for fault in faults)
+    if arguments.json:
+        _print_json(faults)
+    else:
+        for fault in faults:
+            place = ":".join(str(part) for part in (fault["file"], fault["line"]) if part)
+            word = "warning: " if fault["severity"] == "warning" else ""
+            key = f"{fault['key']}: " if fault["key"] else ""
+            print(f"{place}: {word}{key}{fault['message']}" if place else f"{word}{key}{fault['message']}")
+            if fault["hint"]:
+                print(f"    hint: {fault['hint']}")
+        print("faults were found" if is_faulty else "no faults", file=sys.stderr)
+    return 3 if is_faulty else 0
+
+
+def _check_files(files: list[Path]) -> list[dict[str, Any]]:
+    """Check files as the one who asks, with or without a daemon."""
+    from llmstudiod.adapters.recipe_files import load_recipe_file  # slow to import, and needed here alone
+
+    loaded = [load_recipe_file(file) for file in files]
+    notes = [fault for part in loaded for fault in part.faults]
+    notes += [warning for part in loaded for entry in part.entries for warning in entry.warnings]
+    return [
+        {name: getattr(note, name) for name in ("file", "line", "key", "message", "hint")}
+        | {"severity": str(note.severity)}
+        for note in notes
+    ]
+
+
+def _check_daemon(client: Client) -> list[dict[str, Any]]:
+    """Return the faults of what is loaded, and whatever keeps each model from being started."""
+    faults = list(client.get("status")["faults"])
+    for recipe in client.get("recipes"):
+        faults += recipe["warnings"]
+        try:
+            client.get("explain", recipe["id"])
+        except DaemonUnreachableError:
+            raise
+        except AnswerError as error:
+            place = {"file": recipe["file"] or recipe["model_path"], "line": None, "key": recipe["id"]}
+            faults.append({**place, "message": error.message, "hint": error.hint, "severity": "fault"})
+    return faults
+
+
+def _explain(client: Client, arguments: argparse.Namespace) -> int:
+    plan = client.get("explain", arguments.model)
+    if arguments.json:
+        return _print_json(plan)
+    recipe = plan["recipe"]
+    print(f"{recipe['id']}: {recipe['model_path']}")
+    print(f"recipe: {recipe['file'] or 'none (served with defaults)'}")
+    slots = f"{plan['n_parallel']} slots of {plan['n_ctx']} tokens, {plan['n_ctx_total']} in all"
+    print(f"context: {slots}")
+    for note in plan["notes"]:
+        print(f"note: {note}")
+    print(f"llama-server: {plan['llama_server']['version']}, from {plan['llama_server']['source']}")
+    environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan["environment"].items())
+    print(f"\ncommand:\n  {environment} {shlex.join(plan['argv'])}")
+    if plan["systemd_run"]:
+        print(f"\nunit:\n  {shlex.join(plan['systemd_run'])}")
+    return 0
+
+
+def _version(client: Client, arguments: argparse.Namespace) -> int:
+    versions: dict[str, Any] = {"llmstudioctl": __version__, "llmstudiod": None, "llama_server": None}
+    try:
+        status = client.get("status")
+        versions |= {"llmstudiod": status["version"], "llama_server": status["llama_server"].get("version")}
+    except LlmstudioError:
+        pass  # the version of this program can be told without a daemon
+    if arguments.json:
+        return _print_json(versions)
+    for name, version in versions.items():
+        print(f"{name} {version or 'not reachable'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
