@@ -509,6 +509,7 @@ def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
 
 
 def os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
+    """Return the fault of a file or directory that the system would not open or read."""
     details = {"path": str(path)}
     code = error.errno if isinstance(error, OSError) else None
     if code in {errno.ENOENT, errno.ENOTDIR}:
@@ -528,6 +529,7 @@ def os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
 
 
 def bad_model(path: Path, found: str, *, hint: str = _DOWNLOAD_AGAIN) -> BadModelFileError:
+    """Return the fault of a file whose content will not do; ``found`` goes on after its name."""
     # repr(): a file name may hold line breaks and bytes that are not UTF-8, and messages go to the journal.
     return BadModelFileError(f"{str(path)!r} {found}", hint=hint, details={"path": str(path)})
 

@@ -107,7 +107,9 @@ def find_models(
     found: list[FoundModel] = []
     for path in _first_shards(_gguf_files_below(directory, faults)):
         if len(found) >= limit:
-            faults.append(bad_model(directory, f"holds more than {limit} models, the rest is left out", hint="split it up"))
+            faults.append(
+                bad_model(directory, f"holds more than {limit} models, the rest is left out", hint="split it up")
+            )
             break
         try:
             model = None if _is_mmproj_name(path) else resolve_model(path, read=read)
@@ -191,7 +193,9 @@ def _only_model_in(directory: Path, *, read: HeaderReader) -> Path:
         )
     if len(models) > 1:
         names = ", ".join(repr(path.name) for path in models[:8]) + (", …" if len(models) > 8 else "")
-        raise bad_model(directory, f"holds {len(models)} models, expected one: {names}", hint="give the path of one of them")
+        raise bad_model(
+            directory, f"holds {len(models)} models, expected one: {names}", hint="give the path of one of them"
+        )
     return models[0]
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-_WORDS = """
+_WORDS = """\
 able about above across act add after again against age ago air all almost along also always among and animal answer
 any appear apple area arm art ask away baby back ball band bank base be bear beat beauty bed before began begin behind
 believe bell best better between big bird black blood blow blue board boat body bone book born both bottom bought box
@@ -50,7 +50,7 @@ letter level lie life lift light like line liquid list listen little live locate
 low machine made magnet main make man many map mark market mass master match material matter may mean meant measure meat
 meet melody men metal method middle might mile milk million mind mine minute miss mix modern molecule moment money month
 moon more morning most mother motion mount mountain mouth move much multiply music must name nation natural nature near
-""".split()
+"""
 
 _FAR_BELOW = -40.0  # logit of a token that must never be sampled
 _LOGIT_SPREAD = 1.5  # standard deviation of the words' logits
@@ -112,7 +112,7 @@ class TinyModel:
         return self.n_ff or 2 * self.n_embd
 
 
-def write_tiny_gguf(path: Path, model: TinyModel = TinyModel()) -> int:  # noqa: B008 - frozen, so safe to share
+def write_tiny_gguf(path: Path, model: TinyModel = TinyModel()) -> int:
     """Write the model and return the file's size in bytes; the same model always gives the same bytes."""
     return _write(path, model, layers_differ=True)
 
@@ -129,7 +129,7 @@ def write_big_gguf(path: Path, *, size_bytes: int) -> int:
 
 
 def _write(path: Path, model: TinyModel, *, layers_differ: bool) -> int:
-    import gguf  # noqa: PLC0415 - optional, and slow to import
+    import gguf
 
     part = path.with_name(f".{path.name}.part")
     shapes = _shapes(model)
@@ -157,7 +157,7 @@ def _write(path: Path, model: TinyModel, *, layers_differ: bool) -> int:
 
 def _no_dtype() -> "np.dtype[Any]":
     # add_tensor_info wants a dtype, but uses it only where raw_dtype is not given.
-    import numpy as np  # noqa: PLC0415 - optional
+    import numpy as np
 
     return np.dtype(np.float32)
 
@@ -196,8 +196,8 @@ def _type_of(model: TinyModel, shape: tuple[int, ...]) -> WeightType:
 
 def _tensors(model: TinyModel, shapes: dict[str, tuple[int, ...]], *, layers_differ: bool) -> "Iterator[Array]":
     """Yield the stored form of each tensor in the order of ``shapes``."""
-    import gguf  # noqa: PLC0415 - optional
-    import numpy as np  # noqa: PLC0415 - optional
+    import gguf
+    import numpy as np
 
     random = np.random.default_rng(model.seed)
     shared: dict[str, Array] = {}
@@ -214,7 +214,7 @@ def _tensors(model: TinyModel, shapes: dict[str, tuple[int, ...]], *, layers_dif
 
 def _values(random: "np.random.Generator", model: TinyModel, name: str, shape: tuple[int, ...]) -> "Array":
     """Return a tensor's values in f32; the module's docstring explains dimension 0."""
-    import numpy as np  # noqa: PLC0415 - optional
+    import numpy as np
 
     if len(shape) == 1:
         return np.ones(shape, np.float32)
@@ -244,11 +244,17 @@ def _values(random: "np.random.Generator", model: TinyModel, name: str, shape: t
 
 
 def _tokens() -> list[str]:
-    return ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *("\u2581" + word for word in _WORDS)]
+    return [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *("\u2581" + word for word in _WORDS.split()),
+    ]
 
 
 def _add_metadata(writer: "gguf.GGUFWriter", model: TinyModel) -> None:
-    import gguf  # noqa: PLC0415 - optional
+    import gguf
 
     mostly = {WeightType.F32: "ALL_F32", WeightType.F16: "MOSTLY_F16", WeightType.Q8_0: "MOSTLY_Q8_0"}
     tokens = _tokens()
@@ -277,7 +283,7 @@ def _add_metadata(writer: "gguf.GGUFWriter", model: TinyModel) -> None:
     writer.add_unk_token_id(_UNKNOWN)
     writer.add_bos_token_id(_BEGIN)
     writer.add_eos_token_id(_END)
-    writer.add_add_bos_token(True)  # noqa: FBT003 - gguf's signature
+    writer.add_add_bos_token(True)
     if model.chat_template is not None:
         writer.add_chat_template(model.chat_template)
 

@@ -35,9 +35,11 @@ from typing import Any, Self
 
 # python3-* is what the project needs at run time: its tree is copied in, nothing is installed from an index.
 # llama.cpp-tools, not llama.cpp: the metapackage brings a llama-server.service of its own on port 8080.
+# python3-pytest*: the launchers' tests also run inside.
 PACKAGES = (
     "ca-certificates,curl,dbus,iproute2,llama.cpp-tools,polkitd,procps,systemd,systemd-sysv,python3,"
-    "python3-aiohttp,python3-gguf,python3-psutil,python3-pydantic,python3-sdnotify,python3-yaml"
+    "python3-aiohttp,python3-gguf,python3-psutil,python3-pydantic,python3-pytest,python3-pytest-asyncio,"
+    "python3-pytest-timeout,python3-sdnotify,python3-yaml"
 )
 MMDEBSTRAP_OPTIONS = (
     "--variant=minbase",
