@@ -160,6 +160,10 @@ class Supervisor:
         specs = {model: model_spec(entry.recipe, defaults) for model, entry in catalogue.entries.items()}
         self.post(SpecsChanged(self._clock(), specs))
 
+    def ready_run(self, model: str, *, cost_tokens: int | None) -> int | None:
+        """Return the run on which `ask` would be granted at this moment, or None when it would have to wait."""
+        return self._scheduler.ready_run(model, cost_tokens=cost_tokens)
+
     def ask(self, model: str, *, cost_tokens: int | None = None, is_load: bool = False) -> Ticket:
         """Ask for a place; the ticket may be settled on return. Whoever asks must `end` it, whatever happens."""
         ticket = Ticket(next(self._numbers), model)
@@ -189,7 +193,7 @@ class Supervisor:
 
     def start_load(self, model: str) -> None:
         """Load a model without waiting for it; a failure is logged and shown in its status."""
-        _ = self._spawn(self._load_quietly(model), f"load {model}")
+        _ = self.spawn(self._load_quietly(model), f"load {model}")
 
     async def _load_quietly(self, model: str) -> None:
         try:
@@ -252,9 +256,9 @@ class Supervisor:
                 asyncio.get_running_loop().call_later(delay, self._timer_fired, action)
             case StartUnit():
                 running = self._running[action.model] = _Running(action.run)
-                running.task = self._spawn(self._start(action.model, running), f"start {action.model}")
+                running.task = self.spawn(self._start(action.model, running), f"start {action.model}")
             case StopUnit():
-                _ = self._spawn(self._stop(action), f"stop {action.model}")
+                _ = self.spawn(self._stop(action), f"stop {action.model}")
             case Publish():
                 self._publish(action.model)
             case _:
@@ -279,7 +283,7 @@ class Supervisor:
         level = logging.WARNING if last.new is State.FAILED else logging.INFO
         logger.log(level, "%s: %s -> %s: %s", model, last.old, last.new, last.cause)
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run a task that we own: it is kept until it ends, and a bug in it is logged, not lost."""
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
@@ -309,7 +313,7 @@ class Supervisor:
         unit = running.unit
         logger.info("%s: %s runs as pid %d", model, unit.name, unit.pid)
         self.post(UnitStarted(self._clock(), model, running.run))
-        readiness = self._spawn(self._await_ready(model, running), f"probe {model}")
+        readiness = self.spawn(self._await_ready(model, running), f"probe {model}")
         try:
             end = await self._launcher.wait(unit)
         finally:
@@ -330,7 +334,7 @@ class Supervisor:
     async def _await_ready(self, model: str, running: _Running) -> None:
         assert running.plan is not None
         assert running.unit is not None
-        watcher = self._spawn(self._watch_progress(model, running.run, running.unit), f"progress {model}")
+        watcher = self.spawn(self._watch_progress(model, running.run, running.unit), f"progress {model}")
         try:
             socket_path = running.plan.request.socket_path
             facts = await wait_ready(socket_path, alias=running.plan.alias)
@@ -362,7 +366,7 @@ class Supervisor:
             if running.plan is None:
                 running.task.cancel()  # planning can be dropped
             # A systemd-run under way is left to finish, so that there is a unit to stop.
-            launched = self._spawn(_wait_for(running.launched), f"launch of {action.model}")
+            launched = self.spawn(_wait_for(running.launched), f"launch of {action.model}")
             await asyncio.wait({running.task, launched}, return_when=asyncio.FIRST_COMPLETED)
             launched.cancel()
         try:

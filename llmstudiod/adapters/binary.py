@@ -4,9 +4,12 @@ Found by the setting, ``LLAMA_SERVER_PATH``, ``PATH``, then the embedded engine:
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +37,7 @@ def find_binary(setting: str | None, environment: Mapping[str, str]) -> ServerBi
             return ServerBinary((_executable(path, source),), source)
     found = shutil.which("llama-server", path=environment.get("PATH", os.defpath))
     if found:
-        return ServerBinary((found,), "PATH")
+        return ServerBinary((str(Path(found).absolute()),), "PATH")
     if importlib.util.find_spec("xllamacpp") is not None:
         return ServerBinary(ENGINE, "the embedded engine", is_engine=True)
     raise BinaryError("there is no llama-server on this machine", hint=INSTALL_HINT)
@@ -42,26 +45,34 @@ def find_binary(setting: str | None, environment: Mapping[str, str]) -> ServerBi
 
 def _executable(path: str, source: str) -> str:
     if not Path(path).is_absolute():
-        raise BinaryError(f"{source}: expected an absolute path, found '{path}'", hint=INSTALL_HINT)
-    if not Path(path).is_file():
-        raise BinaryError(f"{source}: there is no file '{path}'", hint=INSTALL_HINT)
+        hint = "write it from the root on, such as /usr/bin/llama-server"
+        raise BinaryError(f"{source}: expected an absolute path, found '{path}'", hint=hint)
+    # os.path, unlike Path, answers False where a directory may not be searched.
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise BinaryError(f"{source}: expected a program, found no file '{path}'", hint=INSTALL_HINT)
     if not os.access(path, os.X_OK):
-        raise BinaryError(f"{source}: '{path}' is not executable", hint=f"chmod +x {path}")
+        hint = f"chmod +x {shlex.quote(path)}"
+        raise BinaryError(f"{source}: expected a program, found '{path}', which is not executable", hint=hint)
     return path
 
 
-async def probe_binary(binary: ServerBinary) -> ServerBinary:
+async def probe_binary(binary: ServerBinary, *, timeout_s: float = PROBE_TIMEOUT_S) -> ServerBinary:
     """Return ``binary`` with its version, flags and devices. Takes some 30 ms.
 
     Raises:
         BinaryError: It does not run.
     """
     version, completion, help_text, devices = await asyncio.gather(
-        *(_run([*binary.argv, flag]) for flag in ("--version", "--completion-bash", "--help", "--list-devices"))
+        *(
+            _run([*binary.argv, flag], timeout_s=timeout_s)
+            for flag in ("--version", "--completion-bash", "--help", "--list-devices")
+        )
     )
     if version[0] != 0:
+        command = shlex.join([*binary.argv, "--version"])
         raise BinaryError(
-            f"'{' '.join(binary.argv)} --version' ended with {version[0]}: {_last_line(version[1])}", hint=INSTALL_HINT
+            f"`{command}` {_ended(version[0])}: {_last_line(version[1]) or 'it printed nothing'}",
+            hint="run it by hand: libraries may be missing, or it is built for another machine",
         )
     return ServerBinary(
         argv=binary.argv,
@@ -73,16 +84,24 @@ async def probe_binary(binary: ServerBinary) -> ServerBinary:
     )
 
 
-async def check_argv(argv: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Return what the binary's own parser has against ``argv``, or None. Takes 10 to 40 ms, reads no model."""
-    code, output = await _run([*argv, "--version"], environment)
+async def check_argv(
+    argv: Sequence[str], environment: Mapping[str, str], *, timeout_s: float = PROBE_TIMEOUT_S
+) -> str | None:
+    """Return what the binary's own parser has against ``argv``, or None. Takes 10 to 40 ms, reads no model.
+
+    Raises:
+        BinaryError: It cannot be executed, or does not end.
+    """
+    code, output = await _run([*argv, "--version"], environment, timeout_s=timeout_s)
     if code == 0:
         return None
     telling = [line for line in output.splitlines() if line.startswith(("error", "error while"))]
-    return telling[0] if telling else _last_line(output) or f"it ended with {code}"
+    return telling[0] if telling else _last_line(output) or f"it {_ended(code)}"
 
 
-async def _run(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+async def _run(
+    argv: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout_s: float
+) -> tuple[int, str]:
     """Run a command to its end; return its exit code and all that it printed."""
     try:
         process = await asyncio.create_subprocess_exec(
@@ -91,16 +110,37 @@ async def _run(argv: Sequence[str], environment: Mapping[str, str] | None = None
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=clean_environment() | dict(environment or {}),
+            start_new_session=True,
         )
     except OSError as error:
-        raise BinaryError(f"cannot run '{argv[0]}': {error.strerror}", hint=INSTALL_HINT) from error
+        hint = "is it built for this machine, and is what its first line names installed?"
+        raise BinaryError(f"cannot run '{argv[0]}': {error.strerror}", hint=hint) from error
+    is_done = False
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), PROBE_TIMEOUT_S)
+        async with asyncio.timeout(timeout_s):
+            output, _ = await process.communicate()
+            is_done = True
     except TimeoutError:
-        process.kill()
-        await process.wait()
-        raise BinaryError(f"'{' '.join(argv[:4])} …' did not end within {PROBE_TIMEOUT_S:.0f} s") from None
+        hint = "run it by hand; a driver that hangs holds it up too (look at `dmesg`)"
+        raise BinaryError(f"`{argv[0]} … {argv[-1]}` did not end within {timeout_s:g} s", hint=hint) from None
+    finally:
+        if not is_done:
+            await _kill(process)
     return process.returncode or 0, output.decode(errors="replace")
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    """End a command that was given up, with whatever it started, which may be what holds the pipe open."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was killed by {name}"
 
 
 def clean_environment() -> dict[str, str]:

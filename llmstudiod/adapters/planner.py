@@ -4,21 +4,27 @@ Everything is checked before anything is started or evicted, so that a broken re
 """
 
 import asyncio
-import os
+import itertools
+import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmstudiod.adapters.binary import check_argv, find_binary, probe_binary
-from llmstudiod.adapters.gguf_file import HeaderCache
+from llmstudiod.adapters.binary import INSTALL_HINT, check_argv, find_binary, probe_binary
+from llmstudiod.adapters.gguf_file import HeaderCache, opened
 from llmstudiod.adapters.model_files import resolve_model
 from llmstudiod.adapters.settings import Settings
 from llmstudiod.core.command import Command, ModelFiles, ServerBinary, build_command
 from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash
-from llmstudiod.errors import LlmstudioError, LoadFailedError
+from llmstudiod.errors import BinaryError, LlmstudioError, LoadFailedError
 from llmstudiod.launchers.base import Launcher, LaunchRequest
 
+# The categories of llmstudiod.core.reasons, so that a fault has one name whether it is met before a start or at it.
+_FAILURES: Mapping[str, str] = {
+    "model_file_not_found": "model_not_found",
+    "model_file_permission": "permission",
+}
 _LIMIT_PROPERTIES: Mapping[str, str] = {
     "memory_max": "MemoryMax",
     "cpu_weight": "CPUWeight",
@@ -76,12 +82,12 @@ class Planner:
             LlmstudioError: A file, a flag, the binary or the socket's path will not do; the message says which.
         """
         recipe = entry.recipe
-        files = await asyncio.to_thread(self._find_files, recipe)
+        files = await asyncio.to_thread(self._find_files, entry)
         binary = await self.binary()
         socket_path = self._launcher.socket_path(recipe.id)
         is_sandboxed = self._launcher.is_sandboxed
         command = build_command(recipe, files, binary, socket_path=socket_path, is_sandboxed=is_sandboxed)
-        await self._check(recipe, files, binary)
+        await self._check(entry, files, binary)
         request = LaunchRequest(
             model_id=recipe.id,
             recipe_hash=recipe_hash(recipe),
@@ -95,8 +101,9 @@ class Planner:
         )
         return Plan(request, command, binary, recipe.alias)
 
-    async def _check(self, recipe: Recipe, files: ModelFiles, binary: ServerBinary) -> None:
+    async def _check(self, entry: RecipeEntry, files: ModelFiles, binary: ServerBinary) -> None:
         """Ask the binary's own parser, outside the sandbox: it opens the files that flags name."""
+        recipe = entry.recipe
         # The socket has no part in this; a path that is surely short enough keeps the message to the point.
         command = build_command(recipe, files, binary, socket_path="/run/check.sock", is_sandboxed=False)
         key = (*command.argv, *sorted(command.environment.items()))
@@ -106,67 +113,95 @@ class Planner:
         if complaint is not None:
             raise LoadFailedError(
                 f"cannot load '{recipe.id}': llama-server refuses its command line: {complaint}",
-                hint=f"see the recipe's fields and extra_args; `llmstudioctl explain {recipe.id}` shows the command",
+                hint=f"correct {_recipe_place(entry)}; `llmstudioctl explain {recipe.id}` shows the command line",
                 details={"failure": "bad_args", "argv": list(command.argv)},
             )
         self._good_argvs.add(key)
 
-    def _find_files(self, recipe: Recipe) -> ModelFiles:
+    def _find_files(self, entry: RecipeEntry) -> ModelFiles:
         """Find every file that the recipe names. Reads the disk; runs in a thread."""
+        recipe = entry.recipe
+        field = "model_path"
         try:
             model = resolve_model(self._locate(recipe.model_path), read=self._headers.read)
+            others: dict[str, str | None] = {}
+            for field in ("mmproj", "draft_model", "chat_template_file"):
+                path = getattr(recipe, field)
+                others[field] = None if path is None else self._file(path)
+            field = "lora"
             files = ModelFiles(
                 model=tuple(str(path) for path in model.shards),
-                mmproj=self._other(recipe.mmproj),
-                draft_model=self._other(recipe.draft_model),
-                chat_template_file=self._other(recipe.chat_template_file),
-                lora=tuple(str(self._locate(adapter.path)) for adapter in recipe.lora),
+                lora=tuple(self._file(adapter.path) for adapter in recipe.lora),
                 n_ctx_train=model.header.context_length,
+                **others,
             )
             if self._launcher.is_sandboxed:
-                for group in files.groups():
-                    for path in group:
-                        _check_readable(path)
+                field = "the sandbox"
+                for path in itertools.chain.from_iterable(files.groups()):
+                    _check_readable(path)
         except LlmstudioError as error:
-            hint = error.hint
+            failure = error.details.get("failure") or _FAILURES.get(error.kind, error.kind)
+            place = f" ({_recipe_place(entry)})" if failure == "model_not_found" else ""
             raise LoadFailedError(
-                f"cannot load '{recipe.id}': {error.message}", hint=hint, details={"failure": error.kind}
+                f"cannot load '{recipe.id}': {field}: {error.message}",
+                hint=f"{error.hint}{place}",
+                details={"failure": failure},
             ) from error
         return files
 
-    def _other(self, path: str | None) -> str | None:
-        return None if path is None else str(self._locate(path))
+    def _file(self, path: str) -> str:
+        """Return where a file is that only goes with the model; llama-server reads it, so only its kind is checked."""
+        located = self._locate(path)
+        with opened(located):
+            return str(located)
 
     def _locate(self, path: str) -> Path:
         """Return an absolute path as it is, and a relative one inside the first model directory that has it."""
-        given = Path(path)
-        if given.is_absolute():
-            found = given if given.exists() else None
-        else:
-            candidates = [Path(directory) / given for directory in self._settings.model_dirs]
-            found = next((candidate for candidate in candidates if candidate.exists()), None)
+        if Path(path).is_absolute():
+            return Path(path)
+        directories = self._settings.model_dirs
+        found = next((place for place in (Path(top) / path for top in directories) if _is_there(place)), None)
         if found is None:
-            searched = "" if given.is_absolute() else f" (looked in {', '.join(self._settings.model_dirs)})"
             raise LoadFailedError(
-                f"there is no file '{path}'{searched}",
-                hint="see model_path; `ls` the directory, and check its permissions",
+                f"there is no '{path}' in the model directories ({', '.join(directories) or 'none are set'})",
+                hint="give the whole path; ~ is not expanded" if path.startswith("~") else "give the whole path",
                 details={"failure": "model_not_found"},
             )
         return found
 
 
+def _recipe_place(entry: RecipeEntry) -> str:
+    if entry.file is None:
+        return "the model's file: it has no recipe"
+    return f"the recipe in {entry.file}:{entry.line}" if entry.line else f"the recipe in {entry.file}"
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return True  # opening it tells why it cannot be had
+    return True
+
+
 def _identity(binary: ServerBinary) -> tuple[object, ...]:
-    status = Path(binary.argv[0]).stat()
+    try:
+        status = Path(binary.argv[0]).stat()
+    except OSError as error:  # it was there a moment ago: a package is being upgraded
+        raise BinaryError(f"cannot look at '{binary.argv[0]}': {error.strerror}", hint=INSTALL_HINT) from error
     return (*binary.argv, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _check_readable(path: str) -> None:
     """A unit has a user of its own, which nobody else knows: the file must be readable for everybody."""
-    mode = os.stat(path).st_mode  # noqa: PTH116 - follows the link, as the bind mount will
+    with opened(Path(path)) as (_, status):  # follows the link, as the bind mount will
+        mode = status.st_mode
     if not mode & stat.S_IROTH:
         raise LoadFailedError(
             f"'{path}' has mode {stat.S_IMODE(mode):04o}: the model's own user may not read it",
-            hint=f"chmod o+r '{path}'",
+            hint=f"chmod o+r {shlex.quote(path)}",
             details={"failure": "permission"},
         )
 

@@ -3,7 +3,10 @@
 Reads untrusted text: bounded in size and depth, no tags, no aliases that multiply, no duplicate keys.
 """
 
-from collections.abc import Hashable, Mapping
+import os
+import re
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,25 @@ MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 20_000
 MAX_DEPTH = 20
 
+_TAG = "tag:yaml.org,2002:"
+_TEXTS = frozenset({_TAG + "str", _TAG + "timestamp", _TAG + "value"})  # nobody means a date
+_SCALARS = frozenset(_TAG + name for name in ("int", "float", "bool", "null"))
+_SURROGATES = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
+
 Path_ = tuple[str | int, ...]
 
 # CSafeLoader is six times faster, but not every build of PyYAML has it.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _constructor = yaml.constructor.SafeConstructor
+_UNREADABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+# What libyaml says -> what a person can do about it.
+_SYNTAX_HINTS: Mapping[str, str] = {
+    "mapping values are not allowed in this context": "indent all keys alike, and quote a value that has ': ' in it",
+    "found character that cannot start any token": "put the value into double quotes",
+    "found undefined alias": "a text that begins with * needs quotes",
+    "could not find expected ':'": "write `key: value`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +57,47 @@ class Document:
 
 
 class _FaultyDocumentError(Exception):
-    def __init__(self, message: str, node: yaml.Node | None = None) -> None:
+    def __init__(self, message: str, place: yaml.Node | yaml.Event, *, hint: str | None = None) -> None:
         super().__init__(message)
-        self.line = node.start_mark.line + 1 if node else None
+        self.line = place.start_mark.line + 1 if place.start_mark else None
+        self.hint = hint
 
 
 def read_document(path: Path) -> Document | Fault:
     """Return the parsed file, or what is wrong with it."""
     file = str(path)
     try:
-        with path.open("rb") as stream:
+        # Without O_NONBLOCK the open of a FIFO waits for a writer for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor, which Path cannot open
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return Fault("expected a regular file, found a directory, pipe or device", file=file)
             raw = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        return Fault(f"cannot read the file: {error.strerror}", file=file)
+        hint = "let the daemon's user read it (chmod o+r)" if isinstance(error, PermissionError) else None
+        return Fault(f"cannot read the file: {error.strerror}", file=file, hint=hint)
     if len(raw) > MAX_FILE_BYTES:
-        return Fault(
-            f"the file is over {MAX_FILE_BYTES >> 20} MiB", file=file, hint="a recipe needs some hundred bytes"
-        )
+        limit = f"expected a file of at most {MAX_FILE_BYTES >> 20} MiB, found a longer one"
+        return Fault(limit, file=file, hint="a recipe needs some hundred bytes")
     try:
         return parse_document(raw.decode("utf-8-sig"), file=file)
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        return Fault(f"byte {error.start} is not UTF-8", file=file, line=line, hint="save the file as UTF-8")
+        found = f"expected UTF-8, found the byte 0x{raw[error.start]:02x}"
+        return Fault(found, file=file, line=line, hint="save the file as UTF-8")
 
 
 def parse_document(text: str, *, file: str) -> Document | Fault:
     """Return the parsed text, or what is wrong with it."""
     if file.endswith(".json"):
-        # Legal white space in JSON, an error in YAML; inside a JSON string a bare tab cannot stand.
-        text = text.replace("\t", " ")
+        text = _as_yaml(text)
+    if character := _UNREADABLE.search(text):
+        line = text.count("\n", 0, character.start()) + 1
+        found = f"expected text, found the control character U+{ord(character[0]):04X}"
+        return Fault(found, file=file, line=line, hint="is this the right file? It has to be text")
     lines: dict[Path_, int] = {}
     try:
+        _check_shape(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -78,18 +105,54 @@ def parse_document(text: str, *, file: str) -> Document | Fault:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        return Fault(
-            f"not valid YAML: {error.problem or error.context}",
-            file=file,
-            line=mark.line + 1 if mark else None,
-            hint="see the line, and the one before it",
-        )
+        return _syntax_fault(error, text, file)
     except yaml.YAMLError as error:
         return Fault(f"not valid YAML: {' '.join(str(error).split())}", file=file)
     except _FaultyDocumentError as error:
-        return Fault(str(error), file=file, line=error.line)
+        return Fault(str(error), file=file, line=error.line, hint=error.hint)
     return Document(file=file, value=value, lines=lines)
+
+
+def _as_yaml(text: str) -> str:
+    """Return JSON as the YAML that it almost is: tabs and pairs of surrogates (an escaped emoji) are errors in YAML."""
+    text = text.replace("\t", " ")  # inside a JSON string a bare tab cannot stand
+
+    def character(match: re.Match[str]) -> str:
+        return match[1] + bytes.fromhex(match[2] + match[3]).decode("utf-16-be")
+
+    return _SURROGATES.sub(character, text)
+
+
+def _check_shape(text: str) -> None:
+    """Refuse what is too deep or too long before it is composed: libyaml's composer recurses until it crashes."""
+    depth = count = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        count += isinstance(event, yaml.NodeEvent)
+        if depth > MAX_DEPTH or count > MAX_NODES:
+            raise _too_much(event)
+
+
+def _too_much(place: yaml.Node | yaml.Event) -> _FaultyDocumentError:
+    return _FaultyDocumentError(f"expected at most {MAX_NODES} values and {MAX_DEPTH} levels, found more", place)
+
+
+def _syntax_fault(error: yaml.MarkedYAMLError, text: str, file: str) -> Fault:
+    mark = error.problem_mark or error.context_mark
+    rest = text[mark.index :] if mark else text
+    problem = error.problem or error.context or "it cannot be read"
+    hint = _SYNTAX_HINTS.get(problem, "see this line and the one before it")
+    if problem == "but found another document":
+        problem, hint = "expected one document, found a second", "write several recipes as a list (- id: …)"
+    elif "expected" in problem and not rest.strip():
+        problem, hint = f"the file ends too early: {problem}", "is a bracket or a quotation mark left open?"
+    elif rest.startswith("\t"):
+        problem, hint = "expected spaces, found a tab", "indent with spaces"
+    language = "JSON" if file.endswith(".json") else "YAML"
+    return Fault(f"not valid {language}: {problem}", file, mark.line + 1 if mark else None, hint=hint)
 
 
 class _Builder:
@@ -102,34 +165,43 @@ class _Builder:
 
     def build(self, node: yaml.Node, path: Path_) -> Any:  # noqa: ANN401 - YAML holds anything
         self._count += 1
-        if self._count > MAX_NODES or len(path) > MAX_DEPTH:
-            raise _FaultyDocumentError(f"expected at most {MAX_NODES} values and {MAX_DEPTH} levels, found more", node)
+        if self._count > MAX_NODES or len(path) > MAX_DEPTH:  # again, since an alias stands for a whole tree
+            raise _too_much(node)
         self._lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         return self._scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, Hashable) or key is None or key_node.tag == "tag:yaml.org,2002:merge":
+            if key_node.tag == _TAG + "merge":
+                raise _FaultyDocumentError("expected a key, found << (merge keys are not read)", key_node)
+            if not isinstance(key_node, yaml.ScalarNode) or self._scalar(key_node) is None:
                 raise _FaultyDocumentError("expected a plain word as a key", key_node)
             # YAML 1.1 reads an unquoted `on` or `no` as a boolean, also where it stands as a key.
-            name = key if isinstance(key, str) else str(key_node.value)
+            name = str(key_node.value)
             if name in result:
                 first = self._lines[*path, name]
-                raise _FaultyDocumentError(f"'{name}' is given twice, first in line {first}", key_node)
+                found = f"{name!r} is given twice, first in line {first}"
+                raise _FaultyDocumentError(found, key_node, hint="keep one of them")
             self._lines[*path, name] = key_node.start_mark.line + 1
             result[name] = self.build(value_node, (*path, name))
         return result
 
-    def _scalar(self, node: yaml.Node) -> Any:  # noqa: ANN401
+    def _scalar(self, node: yaml.Node) -> str | int | float | bool | None:
+        if node.tag in _TEXTS and isinstance(node, yaml.ScalarNode):
+            return str(node.value)
+        if node.tag not in _SCALARS or not isinstance(node, yaml.ScalarNode):
+            tag = node.tag.replace(_TAG, "!!")
+            hint = "leave the tag out; a text that begins with ! needs quotes"
+            raise _FaultyDocumentError(f"expected a plain value, found the tag {tag!r}", node, hint=hint)
+        if ":" in node.value:  # YAML 1.1 reads 12:30 as 750
+            return str(node.value)
         try:
-            value = self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            raise _FaultyDocumentError(f"'{node.value}' cannot be read: {error}", node) from error
-        # Dates and bytes have no place in our files; people mean the text that they wrote.
-        return value if value is None or isinstance(value, str | int | float | bool) else str(node.value)
+            value: int | float | bool | None = self._scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError, LookupError, OverflowError):
+            return str(node.value)  # 0b_ and numbers of 5000 digits; whoever wanted a number says so
+        return value

@@ -40,7 +40,7 @@ class Catalogue:
             return found
         close = difflib.get_close_matches(name[:200], self.ids_by_name, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "GET /v1/models lists the models"
-        broken = next((fault for fault in self.faults if fault.key == name), None)
+        broken = next((fault for fault in self.faults if fault.recipe_id == name), None)
         if broken is not None:
             hint = f"its recipe is faulty: {broken}"
         raise ModelNotFoundError(f"there is no model '{name[:200]}'", hint=hint)
@@ -50,7 +50,8 @@ def build_catalogue(candidates: Iterable[RecipeEntry], faults: Iterable[Fault] =
     """Return the catalogue of ``candidates``; one that claims a name already taken becomes a fault.
 
     The first to come keeps an id; an id is stronger than anybody's alias. A recipe from a file wins over a GGUF
-    that is served without one, silently, since writing the recipe is how one replaces the defaults.
+    that is served without one, silently, since writing the recipe is how one replaces the defaults. So does a
+    faulty recipe: its model is not served with defaults instead, which its author did not want.
     """
     all_faults = list(faults)
     entries: dict[str, RecipeEntry] = {}
@@ -66,13 +67,15 @@ def build_catalogue(candidates: Iterable[RecipeEntry], faults: Iterable[Fault] =
         entry = entries[model]
         clash = next((name for name in entry.recipe.names if owners.get(name, model) != model), None)
         if clash is not None:
-            all_faults.append(_taken(entry, "aliases", clash, entries[owners[clash]]))
+            key = "served_model_name" if clash == entry.recipe.served_model_name else "aliases"
+            all_faults.append(_taken(entry, key, clash, entries[owners[clash]]))
             del entries[model]
             owners = {name: owner for name, owner in owners.items() if owner != model}
             continue
         owners |= dict.fromkeys(entry.recipe.names, model)
+    broken = {fault.recipe_id for fault in all_faults if fault.severity is Severity.FAULT}
     for entry in candidates:
-        if entry.file is None and entry.recipe.id not in owners:
+        if entry.file is None and entry.recipe.id not in owners and entry.recipe.id not in broken:
             entries[entry.recipe.id] = entry
             owners[entry.recipe.id] = entry.recipe.id
     default_id, default_faults = _default(entries)
@@ -90,12 +93,13 @@ def _default(entries: Mapping[str, RecipeEntry]) -> tuple[str | None, list[Fault
         return (next(iter(entries)) if len(entries) == 1 else None), []
     faults = [
         Fault(
-            f"'{entry.recipe.id}' and '{marked[0].recipe.id}' are both marked default; the latter is used",
+            f"expected one default recipe, found '{entry.recipe.id}' beside '{marked[0].recipe.id}', which is used",
             file=entry.file or "",
             line=entry.line,
             key="default",
             hint="keep `default: true` in one recipe",
             severity=Severity.WARNING,
+            recipe_id=entry.recipe.id,
         )
         for entry in marked[1:]
     ]
@@ -103,11 +107,13 @@ def _default(entries: Mapping[str, RecipeEntry]) -> tuple[str | None, list[Fault
 
 
 def _taken(entry: RecipeEntry, key: str, name: str, owner: RecipeEntry) -> Fault:
-    place = f"{owner.file}:{owner.line}" if owner.line else (owner.file or "a GGUF without a recipe")
+    place = f"{owner.file}:{owner.line}" if owner.line else str(owner.file)
+    whose = "another recipe" if owner.recipe.id == name else f"recipe '{owner.recipe.id}'"
     return Fault(
-        f"the name '{name}' of recipe '{entry.recipe.id}' is already taken by '{owner.recipe.id}' ({place})",
+        f"expected a name that is free, found '{name}', which {whose} has ({place})",
         file=entry.file or "",
         line=entry.line,
         key=key,
-        hint="give one of them another name",
+        hint="give one of them another name, or remove it",
+        recipe_id=entry.recipe.id,
     )

@@ -33,7 +33,10 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong in a file: where, and in ``message`` what was found and what was expected."""
+    """Something wrong in a file: where, and in ``message`` what was found and what was expected.
+
+    ``recipe_id`` is the id of the recipe that it is about, so that whoever asks for the model finds the reason.
+    """
 
     message: str
     file: str = ""
@@ -41,6 +44,7 @@ class Fault:
     key: str | None = None
     hint: str | None = None
     severity: Severity = Severity.FAULT
+    recipe_id: str | None = None
 
     def __str__(self) -> str:
         """Return one line in the form that compilers use, so that editors can jump to it."""
@@ -55,8 +59,8 @@ class Fault:
 class LoraAdapter:
     """A LoRA adapter file and the weight with which it is applied."""
 
-    path: str
-    scale: float = 1.0
+    path: Annotated[str, Len(1, 4096)]
+    scale: Annotated[float, Interval(ge=-1000, le=1000)] = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class Recipe:
     gpus: tuple[str, ...] | Literal["none"] | None = None
     n_gpu_layers: Annotated[int, Ge(0)] | Literal["auto", "all"] = "auto"
     split_mode: Literal["none", "layer", "row", "tensor"] | None = None
-    tensor_split: tuple[Annotated[float, Ge(0)], ...] | None = None
+    tensor_split: tuple[Annotated[float, Interval(ge=0, le=1_000_000)], ...] | None = None
     main_gpu: Annotated[int, Ge(0)] | None = None
 
     flash_attn: bool | Literal["auto"] = "auto"

@@ -6,7 +6,10 @@ In every moment each request is in exactly one place: waiting in one instance, i
 Room: with ``max_instances`` a model that is wanted and not resident needs a place. Wanted models are served in the
 order of priority, then of their oldest waiter; each instance that is already leaving is promised to one of them.
 Only an idle instance is ever stopped to make room. A busy one is asked to drain once somebody has waited for
-``overtake_s``; if that somebody goes away, it serves on as if nothing had been.
+``overtake_s``; if that somebody goes away, or another instance falls idle first, it serves on as if nothing had been.
+Two rules keep two busy models from throwing each other out without an end: a busy one is not asked while its own
+oldest waiter came earlier (it would have the place again at once), and whoever was asked comes back with no more
+priority than the one that it made room for.
 """
 
 from collections.abc import Callable
@@ -83,6 +86,13 @@ class Scheduler:
         """Whether no instance holds a process."""
         return not any(instance.is_resident for instance in self._instances.values())
 
+    def ready_run(self, model: str, *, cost_tokens: int | None) -> int | None:
+        """Return the run that would be granted to a request arriving now, or None when it would not be granted."""
+        instance = self._instances.get(model)
+        if instance is None or instance.state is not State.READY or instance.waiters or self._is_shutting_down:
+            return None
+        return instance.run if not instance.is_removed and instance.has_room_for(cost_tokens) else None
+
     # The one entrance
 
     def handle(self, event: Event) -> list[Action]:
@@ -130,6 +140,8 @@ class Scheduler:
             self._actions.append(Refuse(event.ticket, refusal))
             return
         assert instance is not None
+        if not instance.waiters and not instance.is_resident:
+            instance.rank = None  # what it once made room for is long past
         waiter = Waiter(event.ticket, event.at, event.cost_tokens, event.is_load)
         instance.waiters[event.ticket] = waiter
         self._waiting_in[event.ticket] = instance
@@ -168,20 +180,26 @@ class Scheduler:
         )
 
     def _admit(self, instance: Instance, at: float) -> None:
-        """Grant waiters in their order for as long as there is room for the first of them."""
-        while instance.waiters and instance.state is State.READY:
-            waiter = next(iter(instance.waiters.values()))
-            if not waiter.is_load and not instance.has_room_for(waiter.cost_tokens):
-                return
-            del instance.waiters[waiter.ticket]
-            del self._waiting_in[waiter.ticket]
+        """Grant waiters in their order for as long as there is room for the first; a load has what it wants at once."""
+        if instance.state is not State.READY:
+            return
+        for waiter in list(instance.waiters.values()):
             if waiter.is_load:
+                self._leave_queue(instance, waiter)
                 self._actions.append(Done(waiter.ticket))
-                continue
+        while instance.waiters:
+            waiter = next(iter(instance.waiters.values()))
+            if not instance.has_room_for(waiter.cost_tokens):
+                return
+            self._leave_queue(instance, waiter)
             instance.in_flight[waiter.ticket] = waiter.cost_tokens
             instance.last_used = at
             self._flying_in[waiter.ticket] = (instance, instance.run)
             self._actions.append(Grant(waiter.ticket, instance.spec.id, instance.run))
+
+    def _leave_queue(self, instance: Instance, waiter: Waiter) -> None:
+        del instance.waiters[waiter.ticket]
+        del self._waiting_in[waiter.ticket]
 
     def _end(self, event: RequestEnded) -> None:
         if waiting_in := self._waiting_in.pop(event.ticket, None):
@@ -194,15 +212,19 @@ class Scheduler:
             return
         instance.in_flight.pop(event.ticket, None)
         instance.idle_since = instance.last_used = event.at
-        if instance.state is State.READY and instance.waiters:
-            self._admit(instance, event.at)
-        if not instance.in_flight and instance.state is State.DRAINING:
+        if instance.state is State.DRAINING and not instance.in_flight:
             self._stop(instance, event.at)
-        elif instance.is_idle:
-            if instance.is_stale:
-                self._drain(instance, event.at, StopCause.RECIPE)
-            elif self.max_instances:
-                self._make_room(event.at)
+        elif instance.state is State.READY:
+            self._admit(instance, event.at)
+            self._after_admission(instance, event.at)
+
+    def _after_admission(self, instance: Instance, at: float) -> None:
+        """Let go of a ready instance that nobody uses, if it is to be replaced or somebody wants its place."""
+        if instance.is_idle and instance.is_stale:
+            self._drain(instance, at, StopCause.RECIPE)
+        elif self.max_instances:
+            # Also while it is busy: it may have just admitted the waiter that came before whoever wants the place.
+            self._make_room(at)
 
     def _refuse_waiters(self, instance: Instance, error: LlmstudioError) -> None:
         for ticket in instance.waiters:
@@ -222,6 +244,8 @@ class Scheduler:
         instance.progress_at = at
         instance.stop_cause = None
         instance.is_stale = False
+        instance.rank = None
+        instance.overtake_at = 0.0
         self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
         self._actions.append(StartUnit(instance.spec.id, instance.run))
         self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
@@ -232,8 +256,9 @@ class Scheduler:
             self._move(instance, State.LOADING, event.at, "the unit is active")
 
     def _progressed(self, instance: Instance, event: LoadProgressed) -> None:
-        instance.progress_at = event.at
-        instance.progress = event.progress
+        if instance.state in {State.STARTING, State.LOADING}:
+            instance.progress_at = event.at
+            instance.progress = event.progress
 
     def _became_ready(self, instance: Instance, event: BecameReady) -> None:
         if instance.state not in {State.STARTING, State.LOADING}:
@@ -244,13 +269,10 @@ class Scheduler:
         self._move(instance, State.READY, event.at, "/health answers 200")
         self._set_idle_timer(instance, event.at)
         self._admit(instance, event.at)
-        if instance.is_stale and instance.is_idle:
-            self._drain(instance, event.at, StopCause.RECIPE)
-        elif instance.is_idle:
-            self._make_room(event.at)
+        self._after_admission(instance, event.at)
 
     def _unit_failed(self, instance: Instance, event: UnitFailed) -> None:
-        if instance.state is State.STOPPING:
+        if instance.state is State.STOPPING or not instance.is_resident:
             return  # whoever stops it tells when nothing is left; until then its name and socket are taken
         if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
             self._settle(instance, event.at, "it ended while it was drained")
@@ -259,7 +281,7 @@ class Scheduler:
         if was_serving and event.at - instance.ready_at > STABLE_S:
             instance.failures = 0
         self._fail(instance, event.at, event.failure)
-        if was_serving and instance.failures == 1 and instance.waiters:
+        if was_serving and instance.failures <= 1 and instance.waiters:
             # They have sent nothing yet and the model did load before: one fresh start is worth their while.
             instance.retry_at = event.at
         else:
@@ -270,6 +292,8 @@ class Scheduler:
         instance.failures += 1
         instance.failure = failure
         instance.retry_at = at + BACK_OFF_S[min(instance.failures, len(BACK_OFF_S)) - 1]
+        if instance.is_stale:  # the recipe in force now is another one, and has not failed yet
+            instance.failures, instance.retry_at, instance.is_stale = 0, at, False
         self._move(instance, State.FAILED, at, failure.message)
         self._answer_unloads(instance)
 
@@ -291,7 +315,7 @@ class Scheduler:
     def _gone(self, instance: Instance, event: UnitGone) -> None:
         if instance.state is not State.STOPPING:
             return
-        if instance.stop_cause is StopCause.STALLED and instance.failure is not None:
+        if instance.stop_cause is StopCause.STALLED and instance.failure is not None and not instance.is_removed:
             self._refuse_waiters(instance, LoadStalledError(instance.failure.message, hint=instance.failure.hint))
             self._fail(instance, event.at, instance.failure)
             self._make_room(event.at)
@@ -302,6 +326,7 @@ class Scheduler:
         instance.in_flight = {}
         instance.facts = None
         instance.failures = 0
+        instance.is_stale = False
         self._move(instance, State.STOPPED, at, cause)
         self._answer_unloads(instance)
         if instance.is_removed:
@@ -376,11 +401,12 @@ class Scheduler:
                 self._move(instance, State.STOPPED, event.at, "reset on request")
             self._refuse_waiters(instance, unloaded)
             self._actions.append(Done(event.ticket))
+            self._make_room(event.at)  # whatever was asked to drain for it may serve on
             return
         instance.unload_tickets.append(event.ticket)
+        self._refuse_waiters(instance, unloaded)
         if instance.state is State.STOPPING:
             return
-        self._refuse_waiters(instance, unloaded)
         if event.is_forced or instance.state in {State.STARTING, State.LOADING}:
             self._stop(instance, event.at, cause=StopCause.UNLOAD, is_forced=event.is_forced)
         else:
@@ -439,47 +465,61 @@ class Scheduler:
         if self._is_shutting_down:
             return
         wanted = [instance for instance in self._instances.values() if instance.waiters and not instance.is_resident]
-        wanted.sort(key=lambda instance: (-instance.spec.priority, next(iter(instance.waiters.values())).arrived_at))
+        wanted.sort(key=_admission_order)
         free = self._free_places(len(wanted))
         for instance in wanted[:free]:
             self._start(instance, at)
         queue = wanted[free:]
-        leaving = [i for i in self._instances.values() if i.state in {State.DRAINING, State.STOPPING}]
-        self._recall(leaving, len(queue), at)
-        for instance in queue[len(leaving) :]:
-            self._evict_for(instance, at)
+        self._evict_unused(len(queue) - len(self._leaving(is_sure=True)), at)
+        self._recall(len(self._leaving()) - len(queue), at)
+        for instance in queue[len(self._leaving()) :]:
+            self._wait_for_busy(instance, at)
 
     def _free_places(self, wanted: int) -> int:
         if not self.max_instances:
             return wanted
         return max(0, self.max_instances - sum(instance.is_resident for instance in self._instances.values()))
 
-    def _recall(self, leaving: list[Instance], needed: int, at: float) -> None:
-        """Let an instance that drains for an eviction serve on when nobody needs its place any more."""
-        spare = len(leaving) - needed
-        for instance in leaving:
-            if spare > 0 and instance.state is State.DRAINING and instance.stop_cause is StopCause.EVICT:
-                spare -= 1
-                instance.stop_cause = None
-                self._move(instance, State.READY, at, "its place is not needed any more")
-                self._admit(instance, at)
+    def _leaving(self, *, is_sure: bool = False) -> list[Instance]:
+        """Return who will give its place up; ``is_sure`` leaves out the busy ones that were only asked to."""
+        leaving = [i for i in self._instances.values() if i.state in {State.DRAINING, State.STOPPING}]
+        return [i for i in leaving if not (is_sure and _can_be_recalled(i))]
 
-    def _evict_for(self, wanted: Instance, at: float) -> None:
-        waited_since = next(iter(wanted.waiters.values())).arrived_at
-        loading = [i for i in self._evictable() if i.state in {State.STARTING, State.LOADING} and not i.waiters]
-        if loading:
-            self._stop(loading[0], at, cause=StopCause.ABANDONED)
-            return
-        ready = [instance for instance in self._evictable() if instance.state is State.READY]
-        idle = [instance for instance in ready if instance.is_idle]
-        if idle:
-            self._drain(min(idle, key=_eviction_order), at, StopCause.EVICT)
-        elif not any(True for _ in self._evictable()):
+    def _evict_unused(self, places: int, at: float) -> None:
+        """Stop up to ``places`` instances that nobody uses: loads that lost their last waiter, then idle ones."""
+        evictable = self._evictable()
+        abandoned = [i for i in evictable if i.state in {State.STARTING, State.LOADING} and not i.waiters]
+        idle = sorted((i for i in evictable if i.is_idle), key=_eviction_order)
+        for instance in (abandoned + idle)[: max(0, places)]:
+            self._stop(instance, at, cause=StopCause.EVICT if instance.is_idle else StopCause.ABANDONED)
+
+    def _recall(self, spare: int, at: float) -> None:
+        """Let instances that drain for an eviction serve on when nobody needs their places any more."""
+        for instance in [i for i in self._leaving() if _can_be_recalled(i)][: max(0, spare)]:
+            instance.stop_cause = None
+            instance.rank = None
+            self._move(instance, State.READY, at, "its place is not needed any more")
+            self._admit(instance, at)
+
+    def _wait_for_busy(self, wanted: Instance, at: float) -> None:
+        """Nothing is unused: ask a busy instance to drain once ``wanted`` has waited for long enough."""
+        evictable = self._evictable()
+        if not evictable and not self._leaving():
             self._refuse_waiters(wanted, self._all_pinned(wanted))
-        elif at < waited_since + self._overtake_s:
-            self._set_timer(wanted, Timer.OVERTAKE, waited_since + self._overtake_s)
-        elif ready:
-            self._drain(min(ready, key=_eviction_order), at, StopCause.EVICT)
+            return
+        waited_since = _oldest_arrival(wanted)
+        due_at = waited_since + self._overtake_s
+        if at < due_at:
+            if wanted.overtake_at != due_at:
+                wanted.overtake_at = due_at
+                self._set_timer(wanted, Timer.OVERTAKE, due_at)
+            return
+        ready = [instance for instance in evictable if instance.state is State.READY]
+        busy = [i for i in ready if not i.waiters or _oldest_arrival(i) >= waited_since]
+        if busy:
+            victim = min(busy, key=_eviction_order)
+            victim.rank = min(victim.spec.priority, _rank(wanted))
+            self._drain(victim, at, StopCause.EVICT)
 
     def _evictable(self) -> list[Instance]:
         staying = {State.STARTING, State.LOADING, State.READY}
@@ -492,9 +532,26 @@ class Scheduler:
         )
 
 
+def _admission_order(instance: Instance) -> tuple[int, float]:
+    """Highest priority first, then whoever has the oldest waiter."""
+    return (-_rank(instance), _oldest_arrival(instance))
+
+
 def _eviction_order(instance: Instance) -> tuple[int, float]:
-    """Lowest priority first, then the least recently used."""
-    return (instance.spec.priority, instance.last_used)
+    """Lowest priority first, then the least recently used; to be loaded counts as a use."""
+    return (instance.spec.priority, max(instance.last_used, instance.ready_at))
+
+
+def _rank(instance: Instance) -> int:
+    return instance.spec.priority if instance.rank is None else instance.rank
+
+
+def _oldest_arrival(instance: Instance) -> float:
+    return next(iter(instance.waiters.values())).arrived_at
+
+
+def _can_be_recalled(instance: Instance) -> bool:
+    return instance.state is State.DRAINING and instance.stop_cause is StopCause.EVICT
 
 
 def _failure_error(model: str, failure: Failure, *, was_serving: bool) -> LlmstudioError:

@@ -21,9 +21,10 @@ from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
 from llmstudiod.errors import ConfigError, LlmstudioError
 from llmstudiod.http.admin import Admin
-from llmstudiod.http.client import EndpointServer, server_arguments
+from llmstudiod.http.client import EndpointServer
+from llmstudiod.http.fast_path import FastPath
 from llmstudiod.http.listing import Listing
-from llmstudiod.http.proxy import Proxy
+from llmstudiod.http.proxy import FORWARDED_POSTS, Proxy
 from llmstudiod.http.relay import Pools
 from llmstudiod.launchers import systemd
 from llmstudiod.launchers.base import Launcher
@@ -75,7 +76,8 @@ class Application:
     async def serving(self, listeners: Listeners) -> AsyncIterator[None]:
         """Serve the sockets for as long as the context lasts."""
         loop = asyncio.get_running_loop()
-        endpoint = EndpointServer(self.proxy.handle, **server_arguments())
+        fast_path = FastPath(self.supervisor, self.pools, FORWARDED_POSTS)
+        endpoint = EndpointServer(self.proxy.handle, fast_path=fast_path, after_loss=self.proxy.after_fast_loss)
         runner = web.AppRunner(self.admin.application(), access_log=None, handler_cancellation=True)
         await runner.setup()
         assert runner.server is not None

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from importlib import metadata
 from types import ModuleType
 
 from llmstudiod.engine.command_line import ArgumentError, accepted_flags, parse_command_line
@@ -45,6 +44,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _print_version() -> int:
+    from importlib import metadata  # here, since it takes a third of the time of a start
+
     try:
         return _print(f"version: xllamacpp {metadata.version('xllamacpp')}")
     except metadata.PackageNotFoundError:
@@ -63,11 +64,15 @@ def _serve(settings: Settings) -> int:
     if key := os.environ.get("LLAMA_API_KEY"):
         settings.setdefault("api_keys", key.split(","))
     try:
-        server = xllamacpp.Server(_params(xllamacpp, settings))
+        params = _params(xllamacpp, settings)
+    except ValueError as error:
+        return _fail(f"error: {error}")
+    try:
+        server = xllamacpp.Server(params)
     except RuntimeError:
         # llama.cpp logs from a thread of its own, which cannot be flushed from here: let its reason come first.
         time.sleep(0.1)
-        return _fail(f"error: cannot load '{model}': the lines above say why")
+        return _fail(f"error: cannot serve '{model}': the lines above say why")
     stop = _wait_for_stop()
     _fail(f"engine: {stop.name}: no longer {server.listening_address}")
     # Deleting the server waits for each request to end, with the interpreter held: for ever, if a client likes.
@@ -86,14 +91,21 @@ def _wait_for_stop() -> signal.Signals:
 
 
 def _params(xllamacpp: ModuleType, settings: Settings) -> object:
-    """Return a ``CommonParams`` with the settings made."""
+    """Return a ``CommonParams`` with the settings made.
+
+    Raises:
+        ValueError: xllamacpp refuses one, say because it is negative and must not be.
+    """
     params = xllamacpp.CommonParams()
     for path, value in settings.items():
         *parents, name = path.split(".")
         owner = params
         for parent in parents:
             owner = getattr(owner, parent)
-        setattr(owner, name, _native(xllamacpp, getattr(owner, name), path, value))
+        try:
+            setattr(owner, name, _native(xllamacpp, getattr(owner, name), path, value))
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"this xllamacpp cannot have {path} = {value!r}: {error}") from error
     return params
 
 

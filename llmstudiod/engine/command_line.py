@@ -76,6 +76,7 @@ def _read(flag: Flag, name: str, words: Iterator[str]) -> Settings:
 
 
 def _sum(old: list[object] | dict[str, object] | None, new: list[object] | dict[str, object]) -> object:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {**old, **new}
+    if isinstance(new, dict):
+        assert not isinstance(old, list)
+        return {**(old or {}), **new}
     return [*(old or []), *new]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
@@ -51,8 +52,10 @@ def envelope(error: LlmstudioError, *, path: str) -> dict[str, Any]:
 
 def error_headers(error: LlmstudioError) -> dict[str, str]:
     """Return the headers that go with an error."""
-    retry_after_s = error.retry_after_s
-    return {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    headers = {"Allow": str(error.details["allow"])} if "allow" in error.details else {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    return headers
 
 
 def error_response(error: LlmstudioError, *, path: str) -> web.Response:
@@ -64,3 +67,12 @@ def error_event(error: LlmstudioError, *, path: str) -> bytes:
     """Return an error as the last event of a stream that had already begun."""
     name = b"event: error\n" if is_anthropic(path) else b""
     return name + b"data: " + json_bytes(envelope(error, path=path)) + b"\n\n"
+
+
+def raw_error(error: LlmstudioError, *, path: str) -> bytes:
+    """Return an error as the bytes of a whole HTTP response that closes its connection."""
+    body = json_bytes(envelope(error, path=path))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in (headers | error_headers(error)).items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -1,21 +1,132 @@
 """The client's side of the data path: aiohttp's connection, with what a raw relay needs to know of it."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from llmstudiod.http.fast_parser import FastRequest, Verdict, parse_request
+from llmstudiod.http.fast_path import FastExchange, FastPath
 from llmstudiod.http.framing import LAST_CHUNK, chunk
 from llmstudiod.http.relay import Exchange
 
 KEEPALIVE_S = 75.0  # aiohttp's own default is about an hour
+FAR_AWAY_S = 30 * 86400.0
+MAX_HELD_BYTES = 64 << 10
+LOOKS = 4
 
 
 class ClientConnection(RequestHandler):
-    """aiohttp's request parser and state machine; tells the exchange under way when the client reads too slowly."""
+    """aiohttp's request parser and state machine, with a short way past both (`llmstudiod.http.fast_path`).
 
-    exchange: Exchange | None = None
+    ``_is_plain``: all that aiohttp's parser was given were whole requests, so it is at the beginning of a message, and
+    the next bytes may take the short way. It is lost, for good, with the first bytes of which that is not certain.
+    """
+
+    def __init__(self, manager: "EndpointServer", **arguments: Any) -> None:  # noqa: ANN401 - aiohttp's own
+        super().__init__(manager, **arguments)
+        self.exchange: Exchange | None = None
+        self._endpoint = manager
+        self._is_plain = manager.fast_path is not None and hasattr(self, "_waiter")
+        self._fast: FastExchange | None = None
+        self._gathered = b""  # the beginning of a request, or, while one is served, of the next
+        self._request_bytes = b""
+        self._looks_left = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Serve a simple request at once; leave everything else to aiohttp."""
+        if self._fast is not None:
+            self._hold(data)
+            return
+        if self._is_plain and data:  # aiohttp itself calls with nothing, to look at what it holds
+            if self._gathered:
+                data, self._gathered = self._gathered + data, b""
+            verdict = parse_request(data)
+            if verdict is Verdict.MORE:
+                self._gathered = data
+                return
+            if isinstance(verdict, FastRequest):
+                if self._waiter is None and self._looks_left:
+                    # aiohttp needs some turns of the loop to get over an answer that the client already has.
+                    self._looks_left -= 1
+                    self._gathered = data
+                    self._loop.call_soon(self._look_again)
+                    return
+                # While aiohttp is busy, what comes is pipelined, and its place is in aiohttp's queue.
+                if self._waiter is not None and not self._messages and self._start_fast(verdict, data):
+                    return
+            self._is_plain = verdict is not Verdict.UNSURE
+        super().data_received(data)
+
+    def answered(self) -> None:
+        """Note that the request under way in aiohttp has its whole answer."""
+        self._looks_left = LOOKS
+
+    def _look_again(self) -> None:
+        data, self._gathered = self._gathered, b""
+        if data and self.transport is not None:
+            self.data_received(data)
+
+    def _start_fast(self, request: FastRequest, data: bytes) -> bool:
+        fast_path = self._endpoint.fast_path
+        assert fast_path is not None
+        self._fast = fast_path.start(self, request, data)
+        if self._fast is None:
+            return False
+        self.exchange = self._fast.relay
+        self._request_bytes = data
+        # aiohttp sees an idle connection, and would close it.
+        self._next_keepalive_close_time = self._loop.time() + FAR_AWAY_S
+        if self.writing_paused:
+            self.exchange.client_paused()
+        return True
+
+    def _hold(self, data: bytes) -> None:
+        self._gathered += data
+        if len(self._gathered) > MAX_HELD_BYTES and self.transport is not None:
+            self.transport.pause_reading()
+
+    def fast_done(self, *, is_last: bool) -> None:
+        """Go on with the next request."""
+        self._end_fast()
+        if is_last:
+            self.force_close()
+        elif self._gathered:
+            held, self._gathered = self._gathered, b""
+            if self.transport is not None:
+                self.transport.resume_reading()
+            self.data_received(held)
+
+    def fast_failed(self, *, is_untouched: bool) -> None:
+        """Send the request the usual way, or, where the client has seen a part of an answer, end with the reason."""
+        fast, data = self._fast, self._request_bytes
+        self._end_fast()
+        if is_untouched:
+            held, self._gathered = self._gathered, b""
+            self._is_plain = not held
+            super().data_received(data + held)
+        elif fast is not None:
+            self._endpoint.after_loss(self, fast)
+
+    def _end_fast(self) -> None:
+        self._fast = self.exchange = None
+        self._request_bytes = b""
+        self._next_keepalive_close_time = self._loop.time() + self.keepalive_timeout
+
+    def write(self, data: bytes) -> None:
+        """Put bytes into the connection; that a client has gone is found out elsewhere."""
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Cut the upstream off."""
+        super().connection_lost(exc)
+        fast, self._fast = self._fast, None
+        if fast is not None:
+            fast.client_lost()
 
     def pause_writing(self) -> None:
         """Hold the upstream back."""
@@ -30,8 +141,43 @@ class ClientConnection(RequestHandler):
             self.exchange.client_resumed()
 
 
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what aiohttp's parser refuses, and bugs, in our own envelope; only bugs are logged."""
+        if isinstance(exc, HttpProcessingError):
+            reason = (message or "").partition("\n")[0].rstrip(":")
+            error: LlmstudioError = BadRequestError(f"the request is not valid HTTP: {reason[:200]}")
+        else:
+            self.log_exception("internal error in %s %s", request.method, request.path[:200], exc_info=exc)
+            error = LlmstudioError("an internal error", hint="see the daemon's log")
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has already begun")
+        response = error_response(error, path=request.raw_path)
+        response.force_close()
+        return response
+
+
 class EndpointServer(web.Server):
-    """aiohttp's low-level server, making our connections."""
+    """aiohttp's low-level server, making our connections.
+
+    ``after_loss`` is called with a connection whose fast exchange lost its upstream in the middle of an answer.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        *,
+        fast_path: FastPath | None,
+        after_loss: Callable[[ClientConnection, FastExchange], None],
+    ) -> None:
+        super().__init__(handler, **server_arguments())
+        self.fast_path = fast_path
+        self.after_loss = after_loss
 
     def __call__(self) -> RequestHandler:
         """Return the protocol of a new connection."""
@@ -58,17 +204,29 @@ class ClientStream:
 
     __slots__ = ("_connection", "is_begun", "is_http11", "is_last")
 
-    def __init__(self, request: web.BaseRequest) -> None:
-        self._connection = cast("ClientConnection", request.protocol)
-        self.is_http11 = request.version >= (1, 1)
-        self.is_last = not request.keep_alive
+    def __init__(self, connection: ClientConnection, *, is_http11: bool = True, is_last: bool = False) -> None:
+        self._connection = connection
+        self.is_http11 = is_http11
+        self.is_last = is_last
         self.is_begun = False
 
+    @classmethod
+    def of(cls, request: web.BaseRequest) -> "ClientStream":
+        """Return the stream to the client of ``request``."""
+        connection = cast("ClientConnection", request.protocol)
+        return cls(connection, is_http11=request.version >= (1, 1), is_last=not request.keep_alive)
+
     def write(self, data: bytes) -> None:
-        """Put bytes into the connection; a client that has gone is found out elsewhere."""
-        transport = self._connection.transport
-        if transport is not None and not transport.is_closing():
-            transport.write(data)
+        """Put bytes into the connection; that a client has gone is found out elsewhere."""
+        self._connection.write(data)
+
+    def answered(self) -> None:
+        """Note that the answer is complete."""
+        self._connection.answered()
+
+    def close(self) -> None:
+        """Close the connection after what was written."""
+        self._connection.force_close()
 
     def attach(self, exchange: Exchange | None) -> None:
         """Connect the client's back-pressure with the upstream, or disconnect it."""

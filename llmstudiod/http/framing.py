@@ -11,7 +11,7 @@ from enum import Enum
 MAX_HEAD_BYTES = 64 << 10
 MAX_CHUNK_LINE = 256
 
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: ([^\r\n]*))?")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d{2})(?: ([^\r\n]*))?")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
@@ -127,9 +127,11 @@ class ChunkWatcher:
         taken = min(self._left, len(data) - position)
         if payload is not None and self._left > 2:
             payload.append(data[position : position + min(taken, self._left - 2)])
-        self._left -= taken
-        if not self._left and data[position + taken - 1 : position + taken] != b"\n":
+        line_end = self._left - 2  # where the chunk's line end begins, counted from here; below 0: it has begun before
+        start = max(line_end, 0)
+        if taken > start and data[position + start : position + taken] != b"\r\n"[start - line_end : taken - line_end]:
             raise FramingError("a chunk is longer than its size line says")
+        self._left -= taken
         return taken
 
     def _take_line(self, line: bytes) -> None:

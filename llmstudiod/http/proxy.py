@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, unquote
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_exceptions import HTTPException
+from aiohttp.web_protocol import RequestPayloadError
 
 from llmstudiod.core.lifecycle import State
 from llmstudiod.errors import (
@@ -25,11 +26,12 @@ from llmstudiod.errors import (
     UpstreamCrashedError,
 )
 from llmstudiod.http import tokens
-from llmstudiod.http.answers import error_event, error_response
+from llmstudiod.http.answers import error_event, error_response, raw_error
 from llmstudiod.http.body import RequestFacts, read_json_facts, read_multipart_facts
-from llmstudiod.http.client import ClientStream, Relayed, read_body
+from llmstudiod.http.client import ClientConnection, ClientStream, Relayed, read_body
+from llmstudiod.http.fast_path import FastExchange
 from llmstudiod.http.listing import Listing
-from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head
+from llmstudiod.http.relay import MAX_COLLECTED, Exchange, Outcome, Pools, request_head
 from llmstudiod.supervisor import Supervisor, Ticket
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,6 @@ FORWARDED_POSTS = frozenset(
 FORWARDED_GETS = frozenset({"/props", "/slots"})
 UPSTREAM_PREFIX = "/upstream/"
 WHY_TIMEOUT_S = 1.0
-MAX_COLLECTED = 64 << 10
 
 _ASSETS = (".ico", ".js", ".mjs", ".css", ".map", ".png", ".jpg", ".svg", ".gif", ".webp", ".woff", ".woff2", ".html")
 _READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -78,7 +79,7 @@ class Proxy:
             return await self._route(request, path)
         except LlmstudioError as error:
             return error_response(error, path=path)
-        except (HttpProcessingError, HTTPException, web.PayloadAccessError) as error:
+        except (HttpProcessingError, HTTPException, RequestPayloadError, web.PayloadAccessError) as error:
             return error_response(BadRequestError(f"the request cannot be read: {error}"), path=path)
 
     async def _route(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
@@ -93,8 +94,9 @@ class Proxy:
         if path in FORWARDED_GETS:
             self._only(method, "GET", path)
             query = parse_qs(request.raw_path.partition("?")[2])
-            name = query.get("model", [None])[-1]
-            return await self._forward(request, request.raw_path, RequestFacts(name), b"")
+            model = self._supervisor.catalogue.resolve(query.get("model", [None])[-1])
+            self._only_if_loaded(request, model, path)
+            return await self._forward(request, request.raw_path, RequestFacts(model), b"")
         if path in FORWARDED_POSTS:
             self._only(method, "POST", path)
         answer = self._listing.answer(path)
@@ -111,7 +113,7 @@ class Proxy:
     @staticmethod
     def _only(method: str, allowed: str, path: str) -> None:
         if method != allowed and not (allowed == "GET" and method == "HEAD"):
-            raise _MethodNotAllowedError(f"{path} takes {allowed}, not {method}")
+            raise _MethodNotAllowedError(f"{path} takes {allowed}, not {method}", details={"allow": allowed})
 
     # Which model
 
@@ -126,19 +128,24 @@ class Proxy:
 
     async def _forward_upstream(self, request: web.BaseRequest) -> web.StreamResponse:
         """Pass ``/upstream/<id>/rest`` on as ``/rest``, percent-escapes and query as they came."""
-        name, slash, rest = request.raw_path[len(UPSTREAM_PREFIX) :].partition("/")
-        name, _, query = name.partition("?")
-        target = "/" + rest if slash else "/" + (f"?{query}" if query else "")
+        path, question, query = request.raw_path[len(UPSTREAM_PREFIX) :].partition("?")
+        name, _, rest = path.partition("/")
+        target = f"/{rest}{question}{query}"
         model = self._supervisor.catalogue.resolve(unquote(name))
-        if request.method in _READ_ONLY and _is_browsing(request, target):
-            shown = self._supervisor.view(model)
-            if shown is None or shown.state is not State.READY:
-                raise UnavailableError(f"'{model}' is not loaded, and a browser's look does not load it")
+        self._only_if_loaded(request, model, target)
         body = await self._body(request) if request.body_exists else b""
         is_stream = False
         if body and body[:1] == b"{":
             is_stream = read_json_facts(body).is_stream
         return await self._forward(request, target, RequestFacts(model, is_stream), body)
+
+    def _only_if_loaded(self, request: web.BaseRequest, model: str, target: str) -> None:
+        """Refuse a browser's look around when it would load the model."""
+        if request.method not in _READ_ONLY or not _is_browsing(request, target):
+            return
+        shown = self._supervisor.view(model)
+        if shown is None or shown.state is not State.READY:
+            raise UnavailableError(f"'{model}' is not loaded, and a browser's look does not load it")
 
     async def _body(self, request: web.BaseRequest) -> bytes | bytearray:
         body = await read_body(request, limit=self.max_body)
@@ -155,7 +162,7 @@ class Proxy:
     ) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
         model = self._supervisor.catalogue.resolve(facts.model)
-        client = ClientStream(request)
+        client = ClientStream.of(request)
         ticket = self._supervisor.ask(model, cost_tokens=facts.cost_tokens)
         try:
             if not ticket.is_settled:
@@ -216,10 +223,11 @@ class Proxy:
             return await self._after_loss(client, exchange, ticket, path)
         if exchange.collected is not None:
             # The head was already sent as a stream's: the upstream's own error becomes its last event.
-            client.send_part(b"data: " + bytes(exchange.collected[:MAX_COLLECTED]).replace(b"\n", b" ") + b"\n\n")
+            client.send_part(b"data: " + b" ".join(exchange.collected[:MAX_COLLECTED].splitlines()) + b"\n\n")
             client.end()
             return _relayed(client)
         client.is_last = exchange.is_last
+        client.answered()
         return _relayed(client)
 
     async def _after_loss(
@@ -234,6 +242,23 @@ class Proxy:
         else:
             client.abort()
         return _relayed(client)
+
+    def after_fast_loss(self, connection: ClientConnection, fast: FastExchange) -> None:
+        """Tell a client of the fast path why its answer ends here, as far as that can still be told."""
+        _ = self._supervisor.spawn(self._end_fast_loss(connection, fast), f"end of an answer of {fast.ticket.model}")
+
+    async def _end_fast_loss(self, connection: ClientConnection, fast: FastExchange) -> None:
+        client = ClientStream(connection)
+        error = await self._why(fast.ticket)
+        if fast.relay.head is None:
+            client.write(raw_error(error, path=fast.path))
+            client.close()
+        elif fast.relay.can_take_event:
+            client.send_part(error_event(error, path=fast.path))
+            client.end()
+            client.close()
+        else:
+            client.abort()
 
     async def _why(self, ticket: Ticket) -> LlmstudioError:
         """Return why the upstream is gone; its exit is known some milliseconds after its connections."""

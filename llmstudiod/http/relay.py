@@ -8,6 +8,7 @@ no byte of an answer from a reused connection is sent once more on a fresh one.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import cast
@@ -26,6 +27,8 @@ from llmstudiod.http.framing import (
 IDLE_LIMIT_S = 4.0
 USES_LIMIT = 90
 WRITE_SLICE = 256 << 10
+MAX_COLLECTED = 1 << 20
+"""Bytes of an answer that are kept to be told as an event; about the last piece more may be held."""
 
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te"}
@@ -113,13 +116,14 @@ class Pool:
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
+        self._time = asyncio.get_running_loop().time  # asking for the loop costs a system call on Python 3.11
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
         self._is_closed = False
 
     def take_idle(self) -> Connection | None:
         """Return a connection that is surely still open on the other side, the most recently used first."""
-        now = asyncio.get_running_loop().time()
+        now = self._time()
         while self._idle:
             connection = self._idle.pop()
             if connection.transport is not None and now - connection.idle_since < IDLE_LIMIT_S:
@@ -145,8 +149,13 @@ class Pool:
         if self._is_closed or connection.uses >= USES_LIMIT:
             connection.abort()
             return
-        connection.idle_since = asyncio.get_running_loop().time()
+        connection.idle_since = self._time()
         self._idle.append(connection)
+
+    def drop_idle(self) -> None:
+        """Close what is not in use."""
+        while self._idle:
+            self._idle.pop().abort()
 
     def forget(self, connection: Connection) -> None:
         """Drop a connection that is closed."""
@@ -190,8 +199,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_buffer", "_connection", "_done", "_has_paused", "_left", "_watcher", "_write", "client_is_http11",
-        "collected", "extra_headers", "head", "is_begun", "is_head_request", "is_last", "pool", "sent_anything",
+        "_buffer", "_connection", "_has_paused", "_is_client_paused", "_is_garbled", "_is_over", "_is_sending", "_left", "_on_done", "_watcher", "_write",
+        "client_is_http11", "collected", "head", "is_begun", "is_head_request", "is_last", "pool", "sent_anything",
     )  # fmt: skip
 
     def __init__(
@@ -203,53 +212,84 @@ class Exchange:
         is_begun: bool,
         is_head_request: bool,
         is_last: bool,
-        extra_headers: bytes = b"",
+        on_done: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self.pool = pool
         self.client_is_http11 = client_is_http11
         self.is_begun = is_begun
         self.is_head_request = is_head_request
         self.is_last = is_last
-        self.extra_headers = extra_headers
         self.head: ResponseHead | None = None
         self.collected: bytearray | None = None
         self.sent_anything = False  # whether any byte of the upstream's answer was seen
         self._write = write
         self._connection: Connection | None = None
-        self._done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._on_done = on_done
+        self._is_over = False
+        self._is_sending = False
         self._buffer = b""
         self._left = 0
         self._watcher: ChunkWatcher | None = None
         self._has_paused = False
+        self._is_client_paused = False
+        self._is_garbled = False  # how much of the body has reached the client is not known
+
+    def start_on(self, connection: Connection, request: bytes) -> None:
+        """Send a small request on an open connection; ``on_done`` is called at the end. For callers without a task."""
+        assert connection.transport is not None
+        self._connection = connection
+        connection.exchange = self
+        connection.uses += 1
+        connection.transport.write(request)
+
+    def cut(self) -> None:
+        """Cut the upstream off; ``on_done`` is not called any more."""
+        self._is_over = True
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.exchange = None
+            connection.abort()
 
     async def run(self, head: bytes, body: bytes | bytearray) -> Outcome:
         """Send the request and relay the answer; return how it ended. Cancelling cuts the upstream off."""
+        is_retry = False
         try:
             while True:
-                reused = self.pool.take_idle()
+                reused = None if is_retry else self.pool.take_idle()
                 try:
                     connection = reused or await self.pool.connect()
                 except OSError:
                     return Outcome.UPSTREAM_LOST
                 outcome = await self._run_on(connection, head, body)
                 if outcome is Outcome.UPSTREAM_LOST and reused is not None and not self.sent_anything:
-                    self._done = asyncio.get_running_loop().create_future()
+                    self._is_over, is_retry = False, True
                     continue  # it was closed under our hands: nothing has been answered, so nothing is done twice
                 return outcome
         finally:
-            if self._connection is not None:
-                self._connection.exchange = None
-                self._connection.abort()
-                self._connection = None
+            self.cut()
 
     async def _run_on(self, connection: Connection, head: bytes, body: bytes | bytearray) -> Outcome:
+        if connection.transport is None:
+            return Outcome.UPSTREAM_LOST
+        done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+        def finish(outcome: Outcome) -> None:
+            if not done.done():
+                done.set_result(outcome)
+
+        self._on_done = finish
         self._connection = connection
         connection.exchange = self
         connection.uses += 1
-        if connection.transport is None:
-            return Outcome.UPSTREAM_LOST
-        await connection.send(head, body)
-        return await self._done
+        self._has_paused = False
+        if self._is_client_paused:
+            self.client_paused()  # it was told before there was a connection to hold back
+        self._is_sending = True
+        try:
+            await connection.send(head, body)
+        finally:
+            self._is_sending = False
+        return await done
 
     # The upstream's side
 
@@ -262,15 +302,24 @@ class Exchange:
             else:
                 self._take_body(b"", data)
         except FramingError:
+            self._is_garbled = True
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.exchange = None
+                connection.abort()
             self._finish(Outcome.UPSTREAM_LOST)
 
     def upstream_lost(self) -> None:
         """The connection is gone: the end of a body without a length, the end of the exchange otherwise."""
         self._connection = None
         if self.head is not None and self.head.body is Body.CLOSE:
+            if self.is_begun and self.collected is None and self.client_is_http11:
+                self._write(LAST_CHUNK)
             self._finish(Outcome.COMPLETE)
-        else:
-            self._finish(Outcome.UPSTREAM_LOST)
+            return
+        if not self.sent_anything:
+            self.pool.drop_idle()  # they are older than the one that was closed under our hands
+        self._finish(Outcome.UPSTREAM_LOST)
 
     def _take_head(self, data: bytes) -> None:
         self._buffer += data
@@ -280,7 +329,7 @@ class Exchange:
                 if len(self._buffer) > MAX_HEAD_BYTES:
                     raise FramingError("the head is too long")
                 return
-            head = parse_head(self._buffer[:end], is_head_request=self.is_head_request)
+            head = _parse_head(self._buffer[:end], self.is_head_request)
             rest, self._buffer = self._buffer[end + 4 :], b""
             if head.status >= 200:
                 break
@@ -296,26 +345,7 @@ class Exchange:
         self._take_body(b"" if self.is_begun else self._client_head(head), rest)
 
     def _client_head(self, head: ResponseHead) -> bytes:
-        """Return the head for the client: what concerns only our own connection to the upstream is left out.
-
-        llama-server reflects any Origin with credentials, which would let any web page read the answers.
-        """
-        lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
-        lines += [
-            name + b": " + value
-            for name, value in head.headers
-            if name not in _DROPPED and not name.startswith(b"access-control-")
-        ]
-        if head.body is Body.CHUNKED and self.client_is_http11:
-            lines.append(b"transfer-encoding: chunked")
-        elif head.body in {Body.LENGTH, Body.NONE}:
-            length = head.get(b"content-length") or (b"" if head.status in {204, 304} else b"0")
-            lines += [b"content-length: " + length] if length else []
-        if self.is_last:
-            lines.append(b"connection: close")
-        elif not self.client_is_http11:
-            lines.append(b"connection: keep-alive")
-        return b"\r\n".join(lines) + b"\r\n" + self.extra_headers + b"\r\n"
+        return _client_head(head, self.client_is_http11, self.is_last)
 
     def _take_body(self, head: bytes, data: bytes) -> None:
         """Relay a piece of the body (after ``head``, in the same write) and see whether it was the last."""
@@ -324,7 +354,9 @@ class Exchange:
         is_over = kind is Body.NONE
         extra = b""
         payload: list[bytes] | None = None
-        if kind is Body.LENGTH:
+        if is_over:
+            data, extra = b"", data
+        elif kind is Body.LENGTH:
             if len(data) > self._left:
                 data, extra = data[: self._left], data[self._left :]
             self._left -= len(data)
@@ -335,7 +367,8 @@ class Exchange:
             data, extra = (data[:used], data[used:]) if used != len(data) else (data, b"")
             is_over = self._watcher.is_done
         if self.collected is not None:
-            self.collected += b"".join(payload) if payload is not None else data
+            if len(self.collected) < MAX_COLLECTED:
+                self.collected += b"".join(payload) if payload is not None else data
         else:
             out = self._encoded(data, payload, is_over=is_over)
             if head or out:
@@ -361,34 +394,40 @@ class Exchange:
             connection.exchange = None
             if connection.transport is not None:
                 self._resume(connection.transport)
-            if is_clean and self.head is not None and self.head.is_keep_alive:
+            # An answer that comes before the whole request was sent leaves the rest of it in the connection.
+            if is_clean and self.head is not None and self.head.is_keep_alive and not self._is_sending:
                 self.pool.give_back(connection)
             else:
                 connection.abort()
         self._finish(Outcome.COMPLETE)
 
     def _finish(self, outcome: Outcome) -> None:
-        if not self._done.done():
-            self._done.set_result(outcome)
+        if not self._is_over:
+            self._is_over = True
+            self._on_done(outcome)
 
     @property
     def can_take_event(self) -> bool:
         """Whether an event of ours can follow in the client's stream, after an upstream was lost in the middle."""
-        if self.head is None:
+        if self.head is None or self.collected is not None:
             return self.is_begun
-        is_stream = self.head.get(b"content-type").startswith(b"text/event-stream")
-        return is_stream and (self._watcher is None or self._watcher.is_between_chunks or not self.client_is_http11)
+        if self._is_garbled or not self.head.get(b"content-type").startswith(b"text/event-stream"):
+            return False
+        # Without a watcher the body has a length, which no event of ours may exceed, unless we are making the chunks.
+        return self.is_begun if self._watcher is None else self._watcher.is_between_chunks
 
     # The client's side
 
     def client_paused(self) -> None:
         """The client reads too slowly: let the upstream wait, and with it the model."""
+        self._is_client_paused = True
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.pause_reading()
             self._has_paused = True
 
     def client_resumed(self) -> None:
         """The client has caught up."""
+        self._is_client_paused = False
         if self._connection is not None and self._connection.transport is not None:
             self._resume(self._connection.transport)
 
@@ -397,6 +436,35 @@ class Exchange:
             self._has_paused = False
             if not transport.is_closing():
                 transport.resume_reading()
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_head(head: bytes, is_head_request: bool) -> ResponseHead:  # noqa: FBT001 - the cache wants positions
+    """Parse a response's head; all streams of a model have the same one, so it is remembered."""
+    return parse_head(head, is_head_request=is_head_request)
+
+
+@functools.lru_cache(maxsize=256)
+def _client_head(head: ResponseHead, is_http11: bool, is_last: bool) -> bytes:  # noqa: FBT001 - see above
+    """Return the head for the client: what concerns only our own connection to the upstream is left out.
+
+    llama-server reflects any Origin with credentials, which would let any web page read the answers.
+    """
+    lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
+    lines += [
+        name + b": " + value
+        for name, value in head.headers
+        if name not in _DROPPED and not name.startswith(b"access-control-")
+    ]
+    if head.body is Body.CHUNKED and is_http11:
+        lines.append(b"transfer-encoding: chunked")
+    elif (length := head.get(b"content-length")) and head.status != 204:
+        lines.append(b"content-length: " + length)
+    if is_last:
+        lines.append(b"connection: close")
+    elif not is_http11:
+        lines.append(b"connection: keep-alive")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def request_head(method: str, target: str, headers: Iterable[tuple[bytes, bytes]], length: int | None) -> bytes:

@@ -37,8 +37,9 @@ class SubprocessLauncher:
     name = "subprocess"
     is_sandboxed = False
 
-    def __init__(self, runtime_dir: Path) -> None:
+    def __init__(self, runtime_dir: Path, *, term_grace_s: float = TERM_GRACE_S) -> None:
         self._runtime_dir = runtime_dir
+        self._term_grace_s = term_grace_s
         self._processes: dict[str, _Process] = {}
         self._logs: dict[str, LogBuffer] = {}
 
@@ -132,7 +133,7 @@ class SubprocessLauncher:
         if not is_forced:
             self._order(process, b"T")
             try:
-                await asyncio.wait_for(asyncio.shield(process.ended), TERM_GRACE_S)
+                await asyncio.wait_for(asyncio.shield(process.ended), self._term_grace_s)
             except TimeoutError:
                 is_forced = True
         if is_forced:

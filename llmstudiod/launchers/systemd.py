@@ -21,6 +21,7 @@ JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
 _SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus"
 _CLD_EXITED = "1"
+_EXIT_EXEC = "203"  # systemd.exec(5), "Process Exit Codes"
 
 
 def is_usable() -> str | None:
@@ -52,19 +53,22 @@ class SystemdLauncher:
     async def start(self, request: LaunchRequest) -> Unit:
         """Start the unit; a failed one of the same name is cleared away first."""
         await self.clean_up()  # before our first unit, or it would be taken for a left one
+        name = unit_name(request.model_id)
         argv = systemd_run_argv(request, group=_group())
         code, output = await _run(argv)
         if code and "already loaded" in output:
-            await self._clear(unit_name(request.model_id))
+            await self._clear(name)
             code, output = await _run(argv)
         if code:
+            lines = [line.strip() for line in output.splitlines() if line.strip()]
+            lines = lines or await _failed_start(name, request.argv[0])
             raise LauncherError(
-                f"cannot start {unit_name(request.model_id)}: {_reason(output)}",
-                hint=f"`systemctl status {unit_name(request.model_id)}` and its journal tell more",
-                details={"lines": output.splitlines()[-5:]},
+                f"cannot start {name}: {lines[0]}",
+                hint=f"`systemctl status {name}` and its journal tell more",
+                details={"lines": lines[:5]},
             )
-        shown = await _show(unit_name(request.model_id))
-        unit = Unit(request.model_id, unit_name(request.model_id), int(shown["MainPID"]), shown["InvocationID"])
+        shown = await _show(name)
+        unit = Unit(request.model_id, name, int(shown["MainPID"]), shown["InvocationID"])
         self._units[request.model_id] = unit
         return unit
 
@@ -168,8 +172,8 @@ async def _show(name: str) -> dict[str, str]:
     return shown
 
 
-async def _journal(match: str, *, limit: int) -> list[str]:
-    _, output = await _run(["journalctl", "-q", "-o", "cat", "--all", "-n", str(limit), match])
+async def _journal(*matches: str, limit: int) -> list[str]:
+    _, output = await _run(["journalctl", "-q", "-o", "cat", "--all", "-n", str(limit), *matches])
     return output.splitlines()
 
 
@@ -192,6 +196,17 @@ async def _process_end(unit: Unit) -> None:
         os.close(pidfd)
 
 
-def _reason(output: str) -> str:
-    lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "systemd-run gave no reason"
+async def _failed_start(name: str, program: str) -> list[str]:
+    """Return why a unit was not executed, the cause first.
+
+    systemd-run prints nothing when the sandbox or exec(2) fails: with Type=exec that is a failed job like any other.
+    """
+    await asyncio.sleep(JOURNAL_LAG_S)
+    told = await _journal(f"UNIT={name}", limit=LAST_LINES)
+    # What the child says before exec(2) has no invocation id: this run is what follows the last "Starting".
+    began = max((index for index, line in enumerate(told) if line.startswith("Starting ")), default=0)
+    lines = [line.removeprefix(f"{name}: ") for line in told[began:] if line.startswith(f"{name}: ")]
+    if (await _show(name))["ExecMainStatus"] == _EXIT_EXEC:
+        # At this step the sandbox hides journald from the child, so its own words are lost.
+        lines.insert(0, f"'{program}' is not executable inside the unit (203/EXEC)")
+    return lines or ["systemd-run gave no reason"]

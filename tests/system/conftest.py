@@ -7,7 +7,10 @@ from typing import NoReturn
 
 import pytest
 
+from llmstudiod.demo.tiny_gguf import Fault, TinyModel, write_tiny_gguf
+
 # Relative: without tests/__init__.py the absolute name differs between pytest and python -m.
+from .daemon import MODELS, RECIPES, Daemon  # noqa: TID252
 from .host import Host, HostError, build_base, missing  # noqa: TID252
 
 HERE = Path(__file__).parent
@@ -92,3 +95,26 @@ def install(host: Host) -> None:
         if file.suffix in UNIT_SUFFIXES:
             host.put(file, f"/usr/lib/systemd/system/{file.name}")
     host.run("systemctl", "daemon-reload")
+
+
+@pytest.fixture(scope="session")
+def gguf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models on the machine: ``tiny.gguf`` chats, ``embed.gguf`` embeds, ``cut.gguf`` is truncated."""
+    directory = tmp_path_factory.mktemp("gguf")
+    write_tiny_gguf(directory / "tiny.gguf")
+    write_tiny_gguf(directory / "embed.gguf", TinyModel(name="embed", pooling_type="mean"))
+    write_tiny_gguf(directory / "cut.gguf", TinyModel(name="cut", fault=Fault.TRUNCATED))
+    directory.chmod(0o755)
+    return directory
+
+
+@pytest.fixture
+def daemon(installed_host: Host, gguf_dir: Path) -> Iterator[Daemon]:
+    """The daemon, not started, with the model ``tiny``; afterwards nothing of it runs and its files are gone."""
+    made = Daemon(installed_host)
+    installed_host.run("mkdir", "-p", RECIPES, MODELS)
+    installed_host.put(gguf_dir / "tiny.gguf", f"{MODELS}/tiny.gguf")
+    made.use_settings(drain_timeout="5s", wait_comment_interval="1s")
+    yield made
+    made.reset()
+    installed_host.run("sh", "-c", f"rm -rf {MODELS}/*")

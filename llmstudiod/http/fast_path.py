@@ -1,0 +1,96 @@
+"""The short way for the requests that come most: a small POST for a model that is ready, with a connection at hand.
+
+Bytes in, bytes out, no task and no request object: half the cost of the way through aiohttp. Whatever is not so
+simple (the model must be loaded or has no free slot, an error, a connection to be opened) takes the usual way: the
+very same bytes are given to aiohttp's parser, and nothing has happened yet.
+"""
+
+from typing import Protocol
+
+from llmstudiod.errors import LlmstudioError
+from llmstudiod.http.body import read_json_facts
+from llmstudiod.http.fast_parser import FastRequest
+from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head
+from llmstudiod.supervisor import Supervisor, Ticket
+
+
+class FastClient(Protocol):
+    """The client's connection, as far as the fast path needs it."""
+
+    def write(self, data: bytes) -> None:
+        """Put bytes into the connection."""
+
+    def fast_done(self, *, is_last: bool) -> None:
+        """The answer is complete."""
+
+    def fast_failed(self, *, is_untouched: bool) -> None:
+        """The upstream was lost; ``is_untouched``: no byte of an answer was seen, so the request can go again."""
+
+
+class FastPath:
+    """Tries the short way; shared by all connections of the endpoint."""
+
+    def __init__(self, supervisor: Supervisor, pools: Pools, paths: frozenset[str]) -> None:
+        self._supervisor = supervisor
+        self._pools = pools
+        self._paths = paths
+
+    def start(self, client: FastClient, request: FastRequest, data: bytes) -> "FastExchange | None":
+        """Begin to serve ``request``, or return None and leave no trace."""
+        if request.path not in self._paths:
+            return None
+        if any(name.lower() == b"content-type" and b"multipart" in value.lower() for name, value in request.headers):
+            return None
+        body = data[request.body_start :]
+        try:
+            facts = read_json_facts(body)
+            model = self._supervisor.catalogue.resolve(facts.model)
+        except LlmstudioError:
+            return None  # the usual way finds it again, and words it
+        run = self._supervisor.ready_run(model, cost_tokens=facts.cost_tokens)
+        pool = self._pools.get(model, run) if run is not None else None
+        connection = pool.take_idle() if pool is not None else None
+        if pool is None or connection is None:
+            return None
+        ticket = self._supervisor.ask(model, cost_tokens=facts.cost_tokens)
+        assert ticket.is_settled
+        exchange = FastExchange(self._supervisor, client, ticket, request.path)
+        relay = Exchange(
+            pool,
+            client.write,
+            client_is_http11=True,
+            is_begun=False,
+            is_head_request=False,
+            is_last=False,
+            on_done=exchange.relayed,
+        )
+        exchange.relay = relay
+        relay.start_on(connection, request_head("POST", request.path, request.headers, len(body)) + body)
+        return exchange
+
+
+class FastExchange:
+    """One request on the short way."""
+
+    __slots__ = ("_client", "_supervisor", "path", "relay", "ticket")
+
+    relay: Exchange
+
+    def __init__(self, supervisor: Supervisor, client: FastClient, ticket: Ticket, path: str) -> None:
+        self._supervisor = supervisor
+        self._client = client
+        self.ticket = ticket
+        self.path = path
+
+    def relayed(self, outcome: Outcome) -> None:
+        """Take the relay's end."""
+        self._supervisor.end(self.ticket)
+        if outcome is Outcome.COMPLETE:
+            self._client.fast_done(is_last=self.relay.is_last)
+        else:
+            self._client.fast_failed(is_untouched=not self.relay.sent_anything)
+
+    def client_lost(self) -> None:
+        """The client is gone: cut the upstream off, so that the slot is free at once."""
+        self.relay.cut()
+        self._supervisor.end(self.ticket)

@@ -1,0 +1,94 @@
+"""A launcher and a planner whose servers are `FakeUpstream` objects in this process; loads take what a test says."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmstudiod.adapters.planner import Plan, Planner
+from llmstudiod.core.command import Command, Context, ServerBinary
+from llmstudiod.core.recipe import RecipeEntry
+from llmstudiod.errors import LlmstudioError
+from llmstudiod.launchers.base import Exit, Launcher, LaunchRequest, Unit
+from tests.integration.fake_upstream import FakeUpstream
+
+
+@dataclass
+class FakeLauncher(Launcher):
+    """Starts the prepared upstream of a model, again after each end. ``load_gate`` holds every /health back."""
+
+    directory: Path
+    name: str = "fake"
+    is_sandboxed: bool = False
+    upstreams: dict[str, FakeUpstream] = field(default_factory=dict)
+    start_error: LlmstudioError | None = None
+    starts: list[str] = field(default_factory=list)
+    _ends: dict[str, asyncio.Future[Exit]] = field(default_factory=dict)
+
+    def socket_path(self, model_id: str) -> str:
+        """Return where the model's server listens."""
+        return str(self.directory / f"{model_id}.sock")
+
+    async def start(self, request: LaunchRequest) -> Unit:
+        """Let the model's upstream listen, or fail as told."""
+        self.starts.append(request.model_id)
+        if self.start_error is not None:
+            raise self.start_error
+        await self.upstreams[request.model_id].listen(request.socket_path)
+        self._ends[request.model_id] = asyncio.get_running_loop().create_future()
+        return Unit(request.model_id, "fake", len(self.starts), f"run-{len(self.starts)}")
+
+    async def wait(self, unit: Unit) -> Exit:
+        """Return when the upstream was stopped or has died."""
+        return await asyncio.shield(self._ends[unit.model_id])
+
+    async def stop(self, model_id: str, *, is_forced: bool) -> None:
+        """End the upstream."""
+        self.die(model_id, Exit("signal", signal=9 if is_forced else 15))
+
+    def die(self, model_id: str, end: Exit) -> None:
+        """Let the upstream end by itself."""
+        self.upstreams[model_id].stop()
+        Path(self.socket_path(model_id)).unlink(missing_ok=True)
+        waiter = self._ends.get(model_id)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(end)
+
+    async def lines(self, model_id: str, *, limit: int) -> list[str]:
+        """Return no lines: it writes none."""
+        return []
+
+    async def follow(self, model_id: str) -> AsyncIterator[str]:
+        """Yield no lines."""
+        for line in ():
+            yield line
+
+    async def clean_up(self) -> list[str]:
+        """Find nothing left."""
+        return []
+
+    async def close(self) -> None:
+        """End every upstream."""
+        for model_id in self.upstreams:
+            self.die(model_id, Exit("success", code=0))
+
+
+class FakePlanner(Planner):
+    """Plans without looking for a file or a binary."""
+
+    def __init__(self, launcher: FakeLauncher) -> None:
+        self._fake_launcher = launcher
+
+    async def plan(self, entry: RecipeEntry) -> Plan:
+        """Return a plan with nothing but the socket and the name."""
+        recipe = entry.recipe
+        request = LaunchRequest(
+            model_id=recipe.id,
+            recipe_hash="",
+            recipe_file=None,
+            argv=("fake",),
+            environment={},
+            socket_path=self._fake_launcher.socket_path(recipe.id),
+        )
+        command = Command(("fake",), {}, Context(4096, 4, 16384))
+        return Plan(request, command, ServerBinary(("fake",), "test"), recipe.alias)

@@ -1,0 +1,278 @@
+"""What is read off a request's body, by parsing and by scanning."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmstudiod.errors import BadRequestError
+from llmstudiod.http.body import RequestFacts, read_json_facts, read_multipart_facts
+
+NEVER_PARSE = 0
+
+_KEYS = st.sampled_from(["model", "stream", "max_tokens", "max_completion_tokens", "n_predict", "n", "messages", "é"])
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS | st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+_SPACE = st.text(" \t\r\n", max_size=3)
+
+
+@st.composite
+def json_objects(draw: st.DrawFn) -> bytes:
+    """Write a JSON object as clients do: any space, escapes or UTF-8, repeated keys."""
+    members = draw(st.lists(st.tuples(_KEYS | st.text(max_size=5), _VALUES), max_size=6))
+    is_ascii = draw(st.booleans())
+    indent = draw(st.sampled_from([None, 1]))
+    space = draw(_SPACE)
+    texts = [
+        f"{space}{json.dumps(key, ensure_ascii=is_ascii)}{space}:{space}"
+        f"{json.dumps(value, ensure_ascii=is_ascii, indent=indent)}{space}"
+        for key, value in members
+    ]
+    return f"{space}{{{','.join(texts) or space}}}{space}".encode("utf-8", "replace")
+
+
+def outcome_of(body: bytes, *, parse_up_to: int) -> RequestFacts | str:
+    """Return the facts, or the refusal of a value in them."""
+    try:
+        return read_json_facts(body, parse_up_to=parse_up_to)
+    except BadRequestError as error:
+        return error.message
+
+
+@given(json_objects())
+def test_scanning_agrees_with_parsing(body: bytes) -> None:
+    """A body says the same whether it is small enough to be parsed or not."""
+    assert outcome_of(body, parse_up_to=NEVER_PARSE) == outcome_of(body, parse_up_to=len(body))
+
+
+@given(st.binary(max_size=60) | st.text('{}[]":,\\truefalsn0123 model', max_size=60).map(str.encode))
+def test_any_bytes_are_facts_or_a_bad_request(body: bytes) -> None:
+    """Nothing but BadRequestError comes out of a body, and what can be parsed can be scanned."""
+    scanned = outcome_of(body, parse_up_to=NEVER_PARSE)
+    parsed = outcome_of(body, parse_up_to=len(body))
+    if isinstance(parsed, RequestFacts) and b"NaN" not in body and b"Infinity" not in body:
+        assert scanned == parsed or not _is_plain_utf8(body)
+
+
+def _is_plain_utf8(body: bytes) -> bool:
+    """json.loads also takes UTF-16, UTF-32 and a byte order mark; no client of ours sends them."""
+    return not body.startswith(b"\xef\xbb\xbf") and b"\0" not in body
+
+
+both = pytest.mark.parametrize("parse_up_to", [NEVER_PARSE, 1 << 20], ids=["scanned", "parsed"])
+
+
+@both
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        (b'{"model":"a"}', "a"),
+        (b'{"model":"a","model":"b"}', "b"),
+        (b'{"model":"a","x":{"model":"b"},"y":[{"model":"c"}]}', "a"),
+        (b'{"x":{"model":"b"},"y":[{"model":"c"}]}', None),
+        (b'{"x":"\\"model\\":\\"b\\"","model":"a"}', "a"),
+        (b'{"x":"\\\\","model":"a"}', "a"),
+        (b'{"x":"}]","model":"a"}', "a"),
+        (b'{"x":["}","]",{"y":"]"}],"model":"a"}', "a"),
+        (b'{"mod\\u0065l":"a"}', "a"),
+        (b'{"model":"\\u00e4\\n\\ud83d\\ude00"}', "ä\n😀"),
+        ('{"model":"ä"}'.encode(), "ä"),
+        (b'{"Model":"a"}', None),
+        (b'{"model":""}', None),
+        (b'{"model":null}', None),
+        (b"{}", None),
+        (b" \r\n\t{ }\n", None),
+    ],
+)
+def test_model(body: bytes, model: str | None, parse_up_to: int) -> None:
+    """The model is the value of the last key "model" of the outermost object."""
+    assert read_json_facts(body, parse_up_to=parse_up_to).model == model
+
+
+@both
+@pytest.mark.parametrize("value", [b"1", b"true", b"[]", b'{"a":1}', b"[[[[1]]]]", b"[" * 900 + b"]" * 900])
+def test_model_that_is_no_text(value: bytes, parse_up_to: int) -> None:
+    """A model that is no text is refused, with what was found."""
+    with pytest.raises(BadRequestError, match=r"^model: expected the name of a model, found "):
+        read_json_facts(b'{"model":' + value + b"}", parse_up_to=parse_up_to)
+
+
+@both
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"{",
+        b'{"model"',
+        b'{"model":',
+        b'{"model":"a"',
+        b'{"model":"a",',
+        b'{"model":"a",}',
+        b'{"model":"a"}}',
+        b'{"model":"a"} x',
+        b"{model:1}",
+        b"{'model':'a'}",
+        b'{"model":"a" "b":1}',
+        b'{"model" "a"}',
+        b'{"model":a}',
+        b'{"model":01}',
+        b'{"model":"a}',
+        b'{"model":"\\x"}',
+        b'{"model":[}',
+        b'{"model":"\xff"}',
+        b'{"x":[1,2}',
+        b'{"stream":truee}',
+        b'{"n":' + b"9" * 5000 + b"}",
+        b'{"model":' + b"[" * 100_000,
+    ],
+)
+def test_malformed_body(body: bytes, parse_up_to: int) -> None:
+    """What is no JSON is refused before a model is started for it."""
+    with pytest.raises(BadRequestError):
+        read_json_facts(body, parse_up_to=parse_up_to)
+
+
+@both
+@pytest.mark.parametrize("body", [b"[]", b'"model"', b"1", b"null", b'[{"model":"a"}]', b"model=a"])
+def test_body_that_is_no_object(body: bytes, parse_up_to: int) -> None:
+    """Only an object can name a model."""
+    with pytest.raises(BadRequestError):
+        read_json_facts(body, parse_up_to=parse_up_to)
+
+
+def test_position_of_a_fault_when_parsed() -> None:
+    """A parsed body's fault is told by line and column."""
+    with pytest.raises(BadRequestError, match="line 2, column 3"):
+        read_json_facts(b'{"model":"a",\n  oops}')
+
+
+def test_position_of_a_fault_when_scanned() -> None:
+    """A scanned body's fault is told by byte."""
+    with pytest.raises(BadRequestError, match="at byte 16"):
+        read_json_facts(b'{"model":"a",\n  oops}', parse_up_to=NEVER_PARSE)
+
+
+@both
+def test_deep_nesting_is_answered(parse_up_to: int) -> None:
+    """A million brackets are facts or a bad request, never a crash."""
+    body = b'{"model":"a","x":' + b"[" * 500_000 + b"]" * 500_000 + b"}"
+    found = outcome_of(body, parse_up_to=parse_up_to * 2)
+    if parse_up_to == NEVER_PARSE:
+        assert found == RequestFacts("a")
+    else:
+        assert "not valid JSON" in str(found)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b'"data:image/png;base64,' + b"iVBORw0K" * (20 << 17) + b'"',
+        b'"' + rb"\n" * (10 << 20) + b'"',
+        b'"' + rb"a\"" * (7 << 20) + b'"',
+        b'[{"content":"' + b"iVBORw0K" * (20 << 17) + b'"}]',
+    ],
+    ids=["base64", "escapes", "quotes", "nested"],
+)
+def test_large_body_is_scanned_fast(value: bytes) -> None:
+    """20 MB of image or text hold other requests up for less than a second."""
+    body = b'{"messages":' + value + b',"stream":true,"model":"a"}'
+    began = time.perf_counter()
+    assert read_json_facts(body) == RequestFacts("a", is_stream=True)
+    assert time.perf_counter() - began < 1.0
+
+
+@both
+@pytest.mark.parametrize(
+    ("body", "is_stream"),
+    [(b'{"stream":true}', True), (b'{"stream":false}', False), (b'{"stream":1}', False), (b'{"stream":"true"}', False)],
+)
+def test_stream(body: bytes, is_stream: bool, parse_up_to: int) -> None:
+    """A client streams when it says so with a boolean."""
+    assert read_json_facts(body, parse_up_to=parse_up_to).is_stream is is_stream
+
+
+@both
+@pytest.mark.parametrize(
+    ("members", "generated"),
+    [
+        ({}, None),
+        ({"max_tokens": 10}, 10),
+        ({"max_completion_tokens": 10}, 10),
+        ({"n_predict": 10}, 10),
+        ({"max_tokens": 10, "n_predict": 30}, 30),
+        ({"max_tokens": 30, "max_completion_tokens": 10}, 30),
+        ({"max_tokens": None, "max_completion_tokens": 10}, 10),
+        ({"max_tokens": 0}, 0),
+        ({"max_tokens": -1}, None),
+        ({"max_tokens": 10, "n_predict": -1}, None),
+        ({"max_tokens": 10.5}, None),
+        ({"max_tokens": "10"}, None),
+        ({"max_tokens": 10, "n": 1}, 10),
+        ({"max_tokens": 10, "n": None}, 10),
+        ({"max_tokens": 10, "n": 2}, None),
+        ({"max_tokens": 10, "n_cmpl": 2}, None),
+    ],
+)
+def test_cost_is_an_upper_bound(members: dict[str, Any], generated: int | None, parse_up_to: int) -> None:
+    """A request costs at most its bytes and what it lets be generated; without a limit, all that there is."""
+    body = json.dumps(members | {"prompt": "hello"}).encode()
+    expected = None if generated is None else len(body) + generated
+    assert read_json_facts(body, parse_up_to=parse_up_to).cost_tokens == expected
+
+
+def form(*fields: tuple[str, bytes]) -> bytes:
+    """Return a multipart body."""
+    parts = [b"--x\r\nContent-Disposition: " + head.encode() + b"\r\n\r\n" + value for head, value in fields]
+    return b"\r\n".join(parts) + b"\r\n--x--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        (form(('form-data; name="model"', b"whisper")), "whisper"),
+        (form(("form-data; name=model", b"whisper")), "whisper"),
+        (form(('form-data; NAME="model"', b"whisper")), "whisper"),
+        (form(('form-data; name="file"; filename="a.wav"', b"\0\xff" * 99), ('form-data; name="model"', b"w")), "w"),
+        (form(('form-data; name="model"; x=y\r\nContent-Type: text/plain', b" w\n")), "w"),
+        (form(('form-data; name="models"', b"whisper")), None),
+        (form(('form-data; name="submodel"', b"whisper")), None),
+        (form(('form-data; xname="model"', b"whisper")), None),
+        (form(('form-data; name="model"', b"")), None),
+        (form(), None),
+        (b"", None),
+    ],
+)
+def test_model_of_a_multipart_body(body: bytes, model: str | None) -> None:
+    """The field "model" of a form is found wherever it stands."""
+    assert read_multipart_facts(body).model == model
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"\r\n\r\n", b"\r\n\r\nwhisper"])
+def test_multipart_body_that_ends_too_early(end: bytes) -> None:
+    """A form cut off inside the field is refused, not guessed."""
+    with pytest.raises(BadRequestError):
+        read_multipart_facts(b'--x\r\nContent-Disposition: form-data; name="model"\r\n' + end)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"RIFF" * (5 << 20),
+        b"\r\nContent-Disposition: " + b";name=model" * 100_000 + b"\n",
+        b"\r\nContent-Disposition: " + b"; " * 500_000 + b"\n",
+        b"\r\n" * (5 << 20),
+    ],
+    ids=["binary", "names", "semicolons", "lines"],
+)
+def test_multipart_body_is_searched_fast(body: bytes) -> None:
+    """No form, however odd, holds other requests up for a second."""
+    began = time.perf_counter()
+    assert read_multipart_facts(body).model is None
+    assert time.perf_counter() - began < 1.0
