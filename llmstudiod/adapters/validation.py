@@ -204,10 +204,7 @@ def shorten(value: object, *, limit: int = 80) -> str:
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, int | float):
-        # str() refuses integers of 4300 digits.
-        is_short = isinstance(value, float) or abs(value) < 10**limit
-        digits = f"{value:g}" if isinstance(value, float) else str(value) if is_short else "of too many digits"
-        text = f"the number {digits}"
+        text = f"the number {value:g}" if isinstance(value, float) else f"the number {value}"
     elif isinstance(value, dict | list | tuple):
         text = json.dumps(value, ensure_ascii=False, default=str)
         # JSON keeps a few characters that end a line elsewhere.

@@ -203,5 +203,6 @@ class _Builder:
         try:
             value: int | float | bool | None = self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError, OverflowError):
-            return str(node.value)  # 0b_ and numbers of 5000 digits; whoever wanted a number says so
-        return value
+            return str(node.value)  # 0b_ and its like; whoever wanted a number says so
+        # Python refuses to print integers of 4300 digits; nobody here has a use for more than 64 bits.
+        return str(node.value) if isinstance(value, int) and value.bit_length() > 64 else value

@@ -64,7 +64,7 @@ def _serve(settings: Settings) -> int:
     if key := os.environ.get("LLAMA_API_KEY"):
         settings.setdefault("api_keys", key.split(","))
     try:
-        params = _params(xllamacpp, settings)
+        params = make_params(xllamacpp, settings)
     except ValueError as error:
         return _fail(f"error: {error}")
     try:
@@ -90,7 +90,7 @@ def _wait_for_stop() -> signal.Signals:
     return signal.Signals(os.read(read_end, 1)[0])
 
 
-def _params(xllamacpp: ModuleType, settings: Settings) -> object:
+def make_params(xllamacpp: ModuleType, settings: Settings) -> object:
     """Return a ``CommonParams`` with the settings made.
 
     Raises:

@@ -5,8 +5,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
+from llmstudiod.errors import BadRequestError, LlmstudioError
+from llmstudiod.http.answers import error_response
 from llmstudiod.http.fast_parser import FastRequest, Verdict, parse_request
 from llmstudiod.http.fast_path import FastExchange, FastPath
 from llmstudiod.http.framing import LAST_CHUNK, chunk

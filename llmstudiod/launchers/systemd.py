@@ -98,7 +98,9 @@ class SystemdLauncher:
 
     @staticmethod
     async def _clear(name: str) -> None:
-        await _run(["systemctl", "stop", name])
+        # A unit is ordered before llmstudiod.service, so that at shutdown the daemon drains first. But then the daemon's
+        # own stop would wait for us, and an ordered stop of the unit for the daemon's: this one must not wait.
+        await _run(["systemctl", "stop", "--job-mode=ignore-dependencies", name])
         await _run(["systemctl", "reset-failed", name])
 
     async def lines(self, model_id: str, *, limit: int) -> list[str]:

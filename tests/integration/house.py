@@ -100,7 +100,7 @@ class Client:
             raw = await self.reader.readuntil(b"\r\n\r\n")
         first, *lines = raw.decode("latin-1").split("\r\n")[:-2]
         headers = [(name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
-        assert first.startswith("HTTP/1.1 ")
+        assert first.startswith("HTTP/")
         return Answer(int(first.split(" ")[1]), headers, b"", raw)
 
     async def answer(self, *, is_head: bool = False) -> Answer:

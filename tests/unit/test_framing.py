@@ -1,5 +1,6 @@
 """Where an HTTP/1.1 response ends: heads good and hostile, and chunked bodies in any cut."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -164,7 +165,7 @@ def chunked_bodies(draw: st.DrawFn) -> Chunked:
 def cuts_of(draw: st.DrawFn, data: bytes) -> list[bytes]:
     """Cut ``data`` anywhere."""
     cuts = sorted({0, len(data), *draw(st.lists(st.integers(0, len(data)), max_size=12))})
-    return [data[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 @given(st.data(), chunked_bodies(), st.binary(max_size=30))
@@ -231,10 +232,14 @@ def test_malformed_chunks_are_refused(wire: bytes) -> None:
     """A size that is none, or a chunk longer than its size, is an error in one piece and byte by byte."""
     with pytest.raises(FramingError):
         ChunkWatcher().feed(wire)
-    watcher = ChunkWatcher()
     with pytest.raises(FramingError):
-        for index in range(len(wire)):
-            watcher.feed(wire[index : index + 1])
+        feed_bytewise(ChunkWatcher(), wire)
+
+
+def feed_bytewise(watcher: ChunkWatcher, wire: bytes) -> None:
+    """Feed the smallest pieces."""
+    for index in range(len(wire)):
+        watcher.feed(wire[index : index + 1])
 
 
 @given(st.lists(st.binary(max_size=60), max_size=8))

@@ -18,7 +18,7 @@ from tests.unit.scheduler_world import Place, World, spec
 
 MODELS = ("a", "b", "c", "d")
 FAILURE = Failure("load_failed", "it ended with exit code 1")
-EXAMPLES = {"default": 1200, "thorough": 40_000}[os.environ.get("HYPOTHESIS_PROFILE", "default")]
+EXAMPLES = {"default": 800, "thorough": 40_000}[os.environ.get("HYPOTHESIS_PROFILE", "default")]
 
 # What can be asked of a world, each as its name and arguments; `perform` knows what they do.
 a_model = st.sampled_from(MODELS)
