@@ -47,10 +47,12 @@ def main() -> int:
             (home / "recipes.d" / f"model-{number}.yaml").write_text(RECIPE.format(number=number))
         config = home / "llmstudiod.yaml"
         config.write_text(SETTINGS.format(home=home))
-        imports, answers, exec_s = [], [], []
+        time.sleep(1.2)  # files that were only just written are read again at the next start
+        print(f"first start, every recipe read and checked: {_first_answer(config) * 1e3:.0f} ms")
+        time.sleep(0.5)
+        imports, answers = [], []
         for number in range(arguments.rounds):
             imports.append(_timed(["-c", "import aiohttp.web"]))
-            exec_s.append(_timed(["-S", "-c", "pass"]))
             answers.append(_first_answer(config))
             print(f"round {number + 1}: import {imports[-1] * 1e3:6.0f} ms, first answer {answers[-1] * 1e3:6.0f} ms")
     finally:
@@ -80,7 +82,7 @@ def _first_answer(config: Path) -> float:
             [sys.executable, "-I", "-S", "-c", ACTIVATE, str(listener.fileno()), str(config)],
             pass_fds=[listener.fileno()],
             stderr=subprocess.DEVNULL,
-            cwd=Path.cwd(),
+            env=os.environ | {"STATE_DIRECTORY": str(config.parent)},  # systemd sets it, for StateDirectory=
         )
         try:
             first = client.recv(65536)

@@ -5,15 +5,13 @@ from pathlib import Path
 
 from llmstudiod.adapters.gguf_file import BadModelFileError
 from llmstudiod.adapters.model_files import find_models, model_id_from_stem
-from llmstudiod.adapters.recipe_files import load_recipes
 from llmstudiod.adapters.settings import Settings
 from llmstudiod.core.catalogue import Catalogue, build_catalogue
-from llmstudiod.core.recipe import Fault, Recipe, RecipeEntry, Severity
+from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
 
 
-def load_catalogue(settings: Settings) -> Catalogue:
-    """Read recipes and model directories. Blocks on the disk; bad input becomes faults, never an exception."""
-    loaded = load_recipes(Path(settings.recipes_dir))
+def load_catalogue(settings: Settings, loaded: LoadedRecipes) -> Catalogue:
+    """Return the recipes of files and the GGUFs without one. Blocks on the disk; bad input becomes faults."""
     entries, faults = list(loaded.entries), list(loaded.faults)
     if settings.auto_recipes:
         taken = {target for entry in entries for target in _targets(entry.recipe.model_path, settings.model_dirs)}

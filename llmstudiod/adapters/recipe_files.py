@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llmstudiod.adapters.settings import duration, size
+from llmstudiod.adapters.settings_file import duration, size
 from llmstudiod.adapters.validation import shorten, validate
 from llmstudiod.adapters.yaml_lines import Document, Path_, read_document
 from llmstudiod.core.flags import FlagKind, FoundFlag, find_flag, modernize, render_flag, why_denied
-from llmstudiod.core.recipe import ID_PATTERN, Fault, Limits, Recipe, RecipeEntry, Severity
+from llmstudiod.core.recipe import ID_PATTERN, Fault, Limits, LoadedRecipes, Recipe, RecipeEntry, Severity
 from llmstudiod.core.recipe_names import ALIASES, FOREIGN, IGNORED, SINGLE_LINE_FIELDS, denied_environment
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
@@ -51,14 +51,6 @@ _HINTS: Mapping[str, str] = {
     "cache_ram": "it is in MiB: 8192 for 8 GiB",
     "n_gpu_layers": "all is every layer, auto as many as fit",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedRecipes:
-    """What a directory or a file holds: the good recipes, and the faults of the others."""
-
-    entries: tuple[RecipeEntry, ...]
-    faults: tuple[Fault, ...]
 
 
 def load_recipes(directory: Path) -> LoadedRecipes:
@@ -344,7 +336,7 @@ class _RecipeReader:
             elif isinstance(model_id, int | float):
                 hint = f'write id: "{model_id}", with the quotes'
             self._fault(place or (*self.path, "id"), found, hint=hint)
-        for name in sorted(SINGLE_LINE_FIELDS & self.origins.keys()):
+        for name in sorted((SINGLE_LINE_FIELDS - {"id"}) & self.origins.keys()):
             if isinstance(text := self.values.get(name), str) and _CONTROL.search(text):
                 self._fault(self.origins[name], f"expected text in one line, found {shorten(text)}")
         if "\0" in str(self.values.get("chat_template")):

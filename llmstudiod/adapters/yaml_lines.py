@@ -69,10 +69,13 @@ def read_document(path: Path) -> Document | Fault:
     try:
         # Without O_NONBLOCK the open of a FIFO waits for a writer for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor, which Path cannot open
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return Fault("expected a regular file, found a directory, pipe or device", file=file)
-            raw = stream.read(MAX_FILE_BYTES + 1)
+            with open(descriptor, "rb", closefd=False) as stream:
+                raw = stream.read(MAX_FILE_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         hint = "let the daemon's user read it (chmod o+r)" if isinstance(error, PermissionError) else None
         return Fault(f"cannot read the file: {error.strerror}", file=file, hint=hint)

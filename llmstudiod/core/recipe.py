@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Interval, Len, MaxLen
 
@@ -150,6 +150,18 @@ class Recipe:
         """Every name that a request may use, the id first."""
         return tuple(dict.fromkeys((self.id, self.alias, *self.aliases)))
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the recipe of which ``values`` is the `as_dict`; nothing is checked again."""
+        fixed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        if "lora" in fixed:
+            fixed["lora"] = tuple(LoraAdapter(**adapter) for adapter in fixed["lora"])
+        if "limits" in fixed:
+            fixed["limits"] = Limits(**fixed["limits"])
+        return cls(**fixed)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, by the names of the documentation."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
@@ -169,6 +181,14 @@ class RecipeEntry:
     file: str | None = None
     line: int | None = None
     warnings: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipes:
+    """What a directory or a file holds: the good recipes, and the faults of the others."""
+
+    entries: tuple[RecipeEntry, ...]
+    faults: tuple[Fault, ...]
 
 
 @dataclass(frozen=True, slots=True)

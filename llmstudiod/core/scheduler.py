@@ -124,6 +124,8 @@ class Scheduler:
                 self._shut_down(event.at)
             case _:
                 assert_never(event)
+        # Whatever happened may have made a wish, a place or an idle instance; asking again changes nothing.
+        self._make_room(event.at)
         return actions
 
     def _of_run(self, event: OfRun, handler: Callable[[Instance, OfRun], None]) -> None:
@@ -145,10 +147,7 @@ class Scheduler:
         waiter = Waiter(event.ticket, event.at, event.cost_tokens, event.is_load)
         instance.waiters[event.ticket] = waiter
         self._waiting_in[event.ticket] = instance
-        if instance.state is State.READY:
-            self._admit(instance, event.at)
-        elif not instance.is_resident:
-            self._make_room(event.at)
+        self._admit(instance, event.at)
 
     def _refusal(self, instance: Instance | None, event: RequestArrived) -> LlmstudioError | None:
         """Return what is known against a request at once, before any answer was begun."""
@@ -205,7 +204,6 @@ class Scheduler:
         if waiting_in := self._waiting_in.pop(event.ticket, None):
             del waiting_in.waiters[event.ticket]
             self._admit(waiting_in, event.at)
-            self._make_room(event.at)
             return
         instance, run = self._flying_in.pop(event.ticket, (None, 0))
         if instance is None or instance.run != run:
@@ -214,17 +212,8 @@ class Scheduler:
         instance.idle_since = instance.last_used = event.at
         if instance.state is State.DRAINING and not instance.in_flight:
             self._stop(instance, event.at)
-        elif instance.state is State.READY:
-            self._admit(instance, event.at)
-            self._after_admission(instance, event.at)
-
-    def _after_admission(self, instance: Instance, at: float) -> None:
-        """Let go of a ready instance that nobody uses, if it is to be replaced or somebody wants its place."""
-        if instance.is_idle and instance.is_stale:
-            self._drain(instance, at, StopCause.RECIPE)
-        elif self.max_instances:
-            # Also while it is busy: it may have just admitted the waiter that came before whoever wants the place.
-            self._make_room(at)
+        self._admit(instance, event.at)
+        self._replace_if_stale(instance, event.at)
 
     def _refuse_waiters(self, instance: Instance, error: LlmstudioError) -> None:
         for ticket in instance.waiters:
@@ -237,10 +226,7 @@ class Scheduler:
     def _start(self, instance: Instance, at: float) -> None:
         self._last_run += 1
         instance.run = self._last_run
-        instance.in_flight = {}
         instance.failure = None
-        instance.facts = None
-        instance.progress = None
         instance.progress_at = at
         instance.stop_cause = None
         instance.is_stale = False
@@ -269,7 +255,7 @@ class Scheduler:
         self._move(instance, State.READY, event.at, "/health answers 200")
         self._set_idle_timer(instance, event.at)
         self._admit(instance, event.at)
-        self._after_admission(instance, event.at)
+        self._replace_if_stale(instance, event.at)
 
     def _unit_failed(self, instance: Instance, event: UnitFailed) -> None:
         if instance.state is State.STOPPING or not instance.is_resident:
@@ -286,11 +272,11 @@ class Scheduler:
             instance.retry_at = event.at
         else:
             self._refuse_waiters(instance, _failure_error(instance.spec.id, event.failure, was_serving=was_serving))
-        self._make_room(event.at)
 
     def _fail(self, instance: Instance, at: float, failure: Failure) -> None:
         instance.failures += 1
         instance.failure = failure
+        self._forget_run(instance)
         instance.retry_at = at + BACK_OFF_S[min(instance.failures, len(BACK_OFF_S)) - 1]
         if instance.is_stale:  # the recipe in force now is another one, and has not failed yet
             instance.failures, instance.retry_at, instance.is_stale = 0, at, False
@@ -318,20 +304,23 @@ class Scheduler:
         if instance.stop_cause is StopCause.STALLED and instance.failure is not None and not instance.is_removed:
             self._refuse_waiters(instance, LoadStalledError(instance.failure.message, hint=instance.failure.hint))
             self._fail(instance, event.at, instance.failure)
-            self._make_room(event.at)
             return
         self._settle(instance, event.at, "no process is left")
 
     def _settle(self, instance: Instance, at: float, cause: str) -> None:
-        instance.in_flight = {}
-        instance.facts = None
         instance.failures = 0
         instance.is_stale = False
+        self._forget_run(instance)
         self._move(instance, State.STOPPED, at, cause)
         self._answer_unloads(instance)
         if instance.is_removed:
             del self._instances[instance.spec.id]
-        self._make_room(at)
+
+    def _forget_run(self, instance: Instance) -> None:
+        """Nothing is in flight in a process that is gone; `_end` knows tickets of old runs by their run."""
+        instance.in_flight = {}
+        instance.facts = None
+        instance.progress = None
 
     def _answer_unloads(self, instance: Instance) -> None:
         self._actions += [Done(ticket) for ticket in instance.unload_tickets]
@@ -356,7 +345,7 @@ class Scheduler:
                 if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
                     self._stop(instance, event.at)
             case Timer.OVERTAKE:
-                self._make_room(event.at)
+                pass  # it only wakes us up to look for room
             case _:
                 assert_never(event.timer)
 
@@ -401,7 +390,6 @@ class Scheduler:
                 self._move(instance, State.STOPPED, event.at, "reset on request")
             self._refuse_waiters(instance, unloaded)
             self._actions.append(Done(event.ticket))
-            self._make_room(event.at)  # whatever was asked to drain for it may serve on
             return
         instance.unload_tickets.append(event.ticket)
         self._refuse_waiters(instance, unloaded)
@@ -424,19 +412,21 @@ class Scheduler:
                 self._set_idle_timer(instance, event.at)  # the daemon's default may have changed
             instance.is_removed = False
             if has_changed:
-                self._replace_when_idle(instance, event.at)
+                self._outdate(instance, event.at)
         for model in [model for model in self._instances if model not in event.specs]:
             self._remove(self._instances[model], event.at)
-        self._make_room(event.at)
 
-    def _replace_when_idle(self, instance: Instance, at: float) -> None:
+    def _outdate(self, instance: Instance, at: float) -> None:
         if instance.state is State.FAILED:
             instance.failures, instance.retry_at = 0, at
             self._move(instance, State.STOPPED, at, StopCause.RECIPE.value)
         elif instance.is_resident:
             instance.is_stale = True
-            if instance.is_idle:
-                self._drain(instance, at, StopCause.RECIPE)
+            self._replace_if_stale(instance, at)
+
+    def _replace_if_stale(self, instance: Instance, at: float) -> None:
+        if instance.is_stale and instance.is_idle:
+            self._drain(instance, at, StopCause.RECIPE)
 
     def _remove(self, instance: Instance, at: float) -> None:
         instance.is_removed = True
@@ -465,6 +455,8 @@ class Scheduler:
         if self._is_shutting_down:
             return
         wanted = [instance for instance in self._instances.values() if instance.waiters and not instance.is_resident]
+        if not wanted and not any(map(_can_be_recalled, self._instances.values())):
+            return  # nearly always; this is asked twice for each request
         wanted.sort(key=_admission_order)
         free = self._free_places(len(wanted))
         for instance in wanted[:free]:
@@ -494,7 +486,7 @@ class Scheduler:
             self._stop(instance, at, cause=StopCause.EVICT if instance.is_idle else StopCause.ABANDONED)
 
     def _recall(self, spare: int, at: float) -> None:
-        """Let instances that drain for an eviction serve on when nobody needs their places any more."""
+        """Let up to ``spare`` instances that drain for an eviction serve on: nobody needs their places any more."""
         for instance in [i for i in self._leaving() if _can_be_recalled(i)][: max(0, spare)]:
             instance.stop_cause = None
             instance.rank = None

@@ -13,7 +13,8 @@ from aiohttp import web
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import progress_mark
-from llmstudiod.adapters.settings import LoadedSettings, Settings, load_settings
+from llmstudiod.adapters.settings import LoadedSettings, Settings
+from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.recipe import Severity
@@ -40,7 +41,13 @@ class Application:
     def __init__(self, config: Path, environment: Mapping[str, str] | None, *, clock: Callable[[], float]) -> None:
         self._config = config
         self._environment = environment
-        self.loaded: LoadedSettings = load_settings(config, environment)
+        state = os.environ.get("STATE_DIRECTORY")
+        self._snapshot_dir = Path(state.partition(":")[0]) if state and environment is None else None
+        found = read_snapshot(self._snapshot_dir, config) if self._snapshot_dir else None
+        self._is_from_snapshot = found is not None
+        self._read_began_ns = time.time_ns()
+        found = found or _read(config, environment)
+        self.loaded: LoadedSettings = found.settings
         settings = self.loaded.settings
         self.launcher = choose_launcher(settings)
         self.planner = Planner(settings, self.launcher, os.environ)
@@ -69,7 +76,7 @@ class Application:
             settings=lambda: self.loaded,
             clock=clock,
         )
-        self._put_in_force(load_catalogue(settings))
+        self._put_in_force(found)
         self._servers: list[asyncio.Server] = []
 
     @contextlib.asynccontextmanager
@@ -98,6 +105,8 @@ class Application:
 
     async def after_start(self) -> None:
         """What need not be done before the first answer: leftovers, the binary, models to be loaded at once."""
+        if not self._is_from_snapshot:
+            await asyncio.to_thread(self._write_snapshot)
         left = await self.launcher.clean_up()
         if left:
             logger.warning("stopped what an earlier daemon had left: %s", ", ".join(left))
@@ -115,22 +124,31 @@ class Application:
 
     async def reload(self) -> None:
         """Read settings and recipes again; models whose recipe did not change go on running."""
-        loaded = await asyncio.to_thread(load_settings, self._config, self._environment)
-        catalogue = await asyncio.to_thread(load_catalogue, loaded.settings)
-        self.loaded = loaded
-        self.planner.use_settings(loaded.settings)
-        self.proxy.max_body = loaded.settings.max_body
-        self.proxy.wait_comment_interval_s = loaded.settings.wait_comment_interval
-        logging.getLogger().setLevel(loaded.settings.log_level.upper())
-        self._put_in_force(catalogue)
+        self._read_began_ns = time.time_ns()
+        found = await asyncio.to_thread(_read, self._config, self._environment)
+        self.loaded = found.settings
+        settings = found.settings.settings
+        self.planner.use_settings(settings)
+        self.proxy.max_body = settings.max_body
+        self.proxy.wait_comment_interval_s = settings.wait_comment_interval
+        logging.getLogger().setLevel(settings.log_level.upper())
+        catalogue = await asyncio.to_thread(load_catalogue, settings, found.recipes)
+        self._put_in_force(found, catalogue)
+        await asyncio.to_thread(self._write_snapshot)
 
-    def _put_in_force(self, catalogue: Catalogue) -> None:
-        settings = self.loaded.settings
+    def _put_in_force(self, found: Configuration, catalogue: Catalogue | None = None) -> None:
+        settings = found.settings.settings
+        self._found = found
+        catalogue = catalogue or load_catalogue(settings, found.recipes)
         self.supervisor.use_catalogue(catalogue, settings.lifecycle_defaults(), max_instances=settings.max_instances)
         warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
-        for fault in (*self.loaded.faults, *catalogue.faults, *warnings):
+        for fault in (*found.settings.faults, *catalogue.faults, *warnings):
             logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)
         logger.info("%d models, %d faults", len(catalogue.entries), len(catalogue.faults))
+
+    def _write_snapshot(self) -> None:
+        if self._snapshot_dir is not None:
+            write_snapshot(self._snapshot_dir, self._config, self._found, began_ns=self._read_began_ns)
 
     async def stop(self) -> None:
         """Take no new connections, answer the waiters, let what is in flight end, stop the models."""
@@ -144,6 +162,15 @@ class Application:
         ready = [shown.id for shown in views if shown.state is State.READY]
         faults = len(self.supervisor.catalogue.faults)
         return f"{len(views)} models; ready: {', '.join(ready) or 'none'}" + (f"; {faults} faults" if faults else "")
+
+
+def _read(config: Path, environment: Mapping[str, str] | None) -> Configuration:
+    """Read and check all files. Slow to import and to run, which is why there is a snapshot."""
+    from llmstudiod.adapters.recipe_files import load_recipes
+    from llmstudiod.adapters.settings_file import load_settings
+
+    settings = load_settings(config, environment)
+    return Configuration(settings, load_recipes(Path(settings.settings.recipes_dir)))
 
 
 def choose_launcher(settings: Settings) -> Launcher:

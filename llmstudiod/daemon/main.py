@@ -100,8 +100,10 @@ async def _keep_reloading(application: "Application", notifier: Notifier, reload
         notifier.reloading()
         try:
             await application.reload()
-        finally:
-            notifier.ready()
+        except Exception:  # a bug in reading files must not take the running models down
+            logger.exception("the reload failed; what was in force stays in force")
+        notifier.ready()
+        notifier.status(application.status_line())
 
 
 async def _keep_status(application: "Application", notifier: Notifier) -> None:

@@ -213,7 +213,7 @@ def _tensors(model: TinyModel, shapes: dict[str, tuple[int, ...]], *, layers_dif
 
 
 def _values(random: "np.random.Generator", model: TinyModel, name: str, shape: tuple[int, ...]) -> "Array":
-    """Return a tensor's values in f32; the module's docstring explains dimension 0."""
+    """Return a tensor's values in f32; the module's docstring explains dimensions 0 and 1."""
     import numpy as np
 
     if len(shape) == 1:
@@ -230,6 +230,7 @@ def _values(random: "np.random.Generator", model: TinyModel, name: str, shape: t
         values[: _END + 257] = 0.0
         values[:, :2] = 0.0
         values[: _END + 257, 0] = _FAR_BELOW
+        # The sum of the two after a word is eos_bias, their difference after anything else is far below.
         values[_END, :2] = (model.eos_bias + _FAR_BELOW) / 2, (model.eos_bias - _FAR_BELOW) / 2
         values[:, 0] /= constant
         values[:, :2] *= math.sqrt(2)

@@ -74,7 +74,7 @@ def _serve(settings: Settings) -> int:
         time.sleep(0.1)
         return _fail(f"error: cannot serve '{model}': the lines above say why")
     stop = _wait_for_stop()
-    _fail(f"engine: {stop.name}: no longer {server.listening_address}")
+    sys.stderr.write(f"engine: {stop.name}: no longer listening on {server.listening_address}\n")
     # Deleting the server waits for each request to end, with the interpreter held: for ever, if a client likes.
     # There is nothing to save, so leave the rest to the kernel.
     os._exit(0)

@@ -105,13 +105,16 @@ class ClientConnection(RequestHandler):
     def fast_failed(self, *, is_untouched: bool) -> None:
         """Send the request the usual way, or, where the client has seen a part of an answer, end with the reason."""
         fast, data = self._fast, self._request_bytes
-        self._end_fast()
-        if is_untouched:
+        assert fast is not None
+        # A run that was stopped, or has died, took the request with it: sent again, it would start the model anew.
+        if is_untouched and not fast.relay.pool.is_closed:
+            self._end_fast()
             held, self._gathered = self._gathered, b""
             self._is_plain = not held
             super().data_received(data + held)
-        elif fast is not None:
-            self._endpoint.after_loss(self, fast)
+            return
+        self.exchange = None  # ``_fast`` stays: what the client sends meanwhile must not be answered before this is
+        self._endpoint.after_loss(self, fast)
 
     def _end_fast(self) -> None:
         self._fast = self.exchange = None
@@ -142,7 +145,6 @@ class ClientConnection(RequestHandler):
         super().resume_writing()
         if self.exchange is not None:
             self.exchange.client_resumed()
-
 
     def handle_error(
         self,

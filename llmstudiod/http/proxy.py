@@ -233,14 +233,14 @@ class Proxy:
     async def _after_loss(
         self, client: ClientStream, exchange: Exchange, ticket: Ticket, path: str
     ) -> web.StreamResponse:
-        error = await self._why(ticket)
-        if exchange.head is None and not client.is_begun:
-            raise error
-        if exchange.can_take_event:
-            client.send_part(error_event(error, path=path))
-            client.end()
-        else:
+        if exchange.head is not None and not exchange.can_take_event:
             client.abort()
+            return _relayed(client)
+        error = await self._why(ticket)
+        if not client.is_begun and exchange.head is None:
+            raise error
+        client.send_part(error_event(error, path=path))
+        client.end()
         return _relayed(client)
 
     def after_fast_loss(self, connection: ClientConnection, fast: FastExchange) -> None:
@@ -249,16 +249,16 @@ class Proxy:
 
     async def _end_fast_loss(self, connection: ClientConnection, fast: FastExchange) -> None:
         client = ClientStream(connection)
+        if fast.relay.head is not None and not fast.relay.can_take_event:
+            client.abort()
+            return
         error = await self._why(fast.ticket)
         if fast.relay.head is None:
             client.write(raw_error(error, path=fast.path))
-            client.close()
-        elif fast.relay.can_take_event:
+        else:
             client.send_part(error_event(error, path=fast.path))
             client.end()
-            client.close()
-        else:
-            client.abort()
+        client.close()
 
     async def _why(self, ticket: Ticket) -> LlmstudioError:
         """Return why the upstream is gone; its exit is known some milliseconds after its connections."""
@@ -267,15 +267,17 @@ class Proxy:
             async with asyncio.timeout(WHY_TIMEOUT_S):
                 while True:
                     shown = self._supervisor.view(ticket.model)
-                    if shown is None or shown.run != ticket.run or shown.state is State.STOPPED:
+                    if shown is None or shown.run != ticket.run:
                         break
                     if shown.failure is not None:
                         details = {"failure": shown.failure.kind, "lines": list(shown.failure.lines)}
                         return UpstreamCrashedError(
                             f"'{ticket.model}' ended: {shown.failure.message}", hint=shown.failure.hint, details=details
                         )
-                    if shown.state is State.STOPPING and shown.stop_cause is not None:
+                    if shown.state in {State.STOPPING, State.STOPPED} and shown.stop_cause is not None:
                         return UpstreamCrashedError(f"'{ticket.model}' was stopped: {shown.stop_cause}")
+                    if shown.state is State.STOPPED:
+                        break
                     await self._supervisor.changed()
         except TimeoutError:
             message = f"'{ticket.model}' closed the connection before it had answered"

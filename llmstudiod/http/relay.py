@@ -119,7 +119,7 @@ class Pool:
         self._time = asyncio.get_running_loop().time  # asking for the loop costs a system call on Python 3.11
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
-        self._is_closed = False
+        self.is_closed = False
 
     def take_idle(self) -> Connection | None:
         """Return a connection that is surely still open on the other side, the most recently used first."""
@@ -140,13 +140,13 @@ class Pool:
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_unix_connection(lambda: Connection(self), self.socket_path)
         self._all.add(connection)
-        if self._is_closed:
+        if self.is_closed:
             connection.abort()
         return connection
 
     def give_back(self, connection: Connection) -> None:
         """Keep a connection for the next request, unless it has served its time."""
-        if self._is_closed or connection.uses >= USES_LIMIT:
+        if self.is_closed or connection.uses >= USES_LIMIT:
             connection.abort()
             return
         connection.idle_since = self._time()
@@ -165,7 +165,7 @@ class Pool:
 
     def close(self) -> None:
         """Cut everything; llama-server does not obey SIGTERM while a request is pending."""
-        self._is_closed = True
+        self.is_closed = True
         for connection in list(self._all):
             connection.abort()
 

@@ -224,6 +224,15 @@ def test_model_is_needed() -> None:
     assert (result.returncode, result.stderr) == (1, "error: no model: give its GGUF file with -m FILE\n")
 
 
+def test_missing_package_is_told_with_the_next_step() -> None:
+    """Where xllamacpp is not installed, one line says how to install it."""
+    program = "import sys; sys.modules['xllamacpp'] = None; from llmstudiod.engine.__main__ import main; "
+    command = [sys.executable, "-c", program + "sys.exit(main(['-m', 'x.gguf']))"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+    expected = "error: the embedded engine needs the package xllamacpp: pip install 'llmstudiod[engine]'\n"
+    assert (result.returncode, result.stderr) == (1, expected)
+
+
 def test_queries() -> None:
     """``--list-devices``, ``--completion-bash`` and ``--help`` answer in llama-server's form."""
     assert _run("--list-devices").stdout == "Available devices:\n  (none)\n"

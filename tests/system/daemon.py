@@ -80,7 +80,7 @@ class Daemon:
     def model_units(self) -> list[str]:
         """Return the models' units that systemd knows of, running or failed."""
         output = self.systemctl("list-units", "--all", "--plain", "--no-legend", "llmstudio-model-*.service")
-        return [line.split()[0] for line in output.splitlines()]
+        return [" ".join(line.split()[:4]) for line in output.splitlines()]
 
     def starts_of(self, model: str) -> int:
         """Return how often the model's unit was started since boot, by the journal."""
@@ -105,7 +105,7 @@ class Daemon:
 
     def status(self, model: str) -> dict[str, Any]:
         """Return one model's status."""
-        shown: dict[str, Any] = json.loads(self.host.run("llmstudioctl", "--json", "status", model).stdout)
+        shown: dict[str, Any] = json.loads(self.host.run("llmstudioctl", "status", "--json", model).stdout)
         return shown
 
     # The endpoint

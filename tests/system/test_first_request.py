@@ -6,6 +6,7 @@ import re
 import shlex
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -47,10 +48,9 @@ def test_both_addresses_are_served(daemon: Daemon) -> None:
             assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_openai_client_works_unmodified(daemon: Daemon) -> None:
+def test_openai_client_works_unmodified(daemon: Daemon, gguf_dir: Path) -> None:
     """Models, chat, stream, embeddings and an unknown model's error, through OpenAI's own client."""
-    daemon.host.run("mv", f"{MODELS}/tiny.gguf", f"{MODELS}/embed.gguf")
-    daemon.host.run("cp", f"{MODELS}/embed.gguf", f"{MODELS}/tiny.gguf")
+    daemon.host.put(gguf_dir / "embed.gguf", f"{MODELS}/embed.gguf")
     daemon.put_recipe(EMBED)
     daemon.listen()
     messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "a bird"}]
@@ -84,15 +84,15 @@ def test_model_is_an_ordinary_service(daemon: Daemon) -> None:
     assert "active (running)" in status
     assert "llmstudio-models.slice" in status
     assert f"--alias tiny --host /run/llmstudio-models/{'tiny'}/llama.sock" in status
-    assert "server is listening" in daemon.host.journal(UNIT)
+    assert "listening on unix:///run/llmstudio-models/tiny/llama.sock" in daemon.host.journal(UNIT)
     identified = daemon.host.run("journalctl", "-q", "-o", "cat", "-t", "llmstudio-model-tiny").stdout
-    assert "server is listening" in identified
+    assert "listening on unix:///run/llmstudio-models/tiny/llama.sock" in identified
     assert daemon.host.run("stat", "-c", "%a %G", "/run/llmstudio-models/tiny").stdout == "750 llmstudio-model\n"
 
 
 # What systemd shows otherwise than it is given, and where it is looked at instead.
 SHOWN_OTHERWISE = {
-    "BindReadOnlyPaths", "Documentation", "Environment", "InaccessiblePaths", "IPAddressDeny", "LogExtraFields",
+    "Before", "BindReadOnlyPaths", "Documentation", "Environment", "InaccessiblePaths", "IPAddressDeny", "LogExtraFields",
     "SystemCallFilter", "TemporaryFileSystem",
 }  # fmt: skip
 SHOWN_AS = {
@@ -109,7 +109,7 @@ def test_unit_has_the_properties_that_were_asked_for(daemon: Daemon) -> None:
     """What `explain` shows is what systemd has made of it, property by property."""
     daemon.listen()
     daemon.chat()
-    argv = json.loads(daemon.ctl("--json", "explain", "tiny"))["systemd_run"]
+    argv = json.loads(daemon.ctl("explain", "--json", "tiny"))["systemd_run"]
     assert "--slice=llmstudio-models.slice" in argv
     asked = [argv[index + 1].partition("=") for index, word in enumerate(argv) if word == "-p"]
     differing = {}
@@ -122,6 +122,7 @@ def test_unit_has_the_properties_that_were_asked_for(daemon: Daemon) -> None:
             differing[name] = (expected, shown)
     assert differing == {}
     assert daemon.show(UNIT, "Slice") == {"Slice": "llmstudio-models.slice"}
+    assert "llmstudiod.service" in daemon.show(UNIT, "Before")["Before"].split()
     made = daemon.show(UNIT, "Environment", "SystemCallFilter", "IPAddressDeny", "InaccessiblePaths")
     assert "LLMSTUDIO_RECIPE_HASH=sha256:" in made["Environment"]
     assert "connect" in made["SystemCallFilter"].split()
@@ -260,11 +261,10 @@ def test_port_answers_throughout_a_restart(daemon: Daemon) -> None:
 def test_daemon_says_what_it_does(daemon: Daemon) -> None:
     """A model's start and stop are a few lines in the daemon's journal, and none of them an error."""
     daemon.listen()
-    daemon.host.run("journalctl", "--rotate")
     daemon.chat()
     daemon.ctl("unload", "tiny")
     daemon.host.run("journalctl", "--sync")
-    told = daemon.host.run("journalctl", "-q", "-o", "json", f"--unit={SERVICE}", "_COMM=llmstudiod").stdout
+    told = daemon.host.run("journalctl", "-q", "-o", "json", f"_PID={daemon.pid()}").stdout
     lines = [json.loads(line) for line in told.splitlines()]
     about_model = [line["MESSAGE"] for line in lines if re.match(r"tiny: ", line["MESSAGE"])]
     assert len(about_model) >= 4

@@ -328,7 +328,7 @@ class World:
         for model, view in views.items():
             if view.state in {State.READY, State.DRAINING}:
                 assert view.in_flight == in_flight[model, view.run], f"{model}: {view}"
-            elif view.state in {State.STARTING, State.LOADING, State.STOPPED}:
+            elif view.state is not State.STOPPING:
                 assert view.in_flight == 0, f"{model}: {view}"
         residents = {view.id for view in views.values() if view.state not in {State.STOPPED, State.FAILED}}
         assert set(self.alive) <= residents, f"{self.alive} run, {residents} are known"
