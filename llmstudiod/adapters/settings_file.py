@@ -103,7 +103,7 @@ def _kept(fault: Fault, settings: Settings, name: str | None = None) -> Fault:
     elif name in _SIZES:
         shown = format_bytes(value)
     else:
-        shown = ", ".join(value) if isinstance(value, tuple) else str(value)
+        shown = ", ".join(value) if isinstance(value, tuple) else str(value).lower() if value is True else str(value)
     return dataclasses.replace(fault, hint=f"until it is corrected, {shown} is used")
 
 

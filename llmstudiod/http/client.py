@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from llmstudiod.errors import BadRequestError, LlmstudioError
 from llmstudiod.http.answers import error_response
@@ -145,6 +145,11 @@ class ClientConnection(RequestHandler):
         super().resume_writing()
         if self.exchange is not None:
             self.exchange.client_resumed()
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:  # noqa: ANN401 - aiohttp's own
+        """Log bugs. A body that was broken on the way is none; aiohttp meets it again when it clears away the rest."""
+        if not isinstance(kw.get("exc_info"), RequestPayloadError):
+            super().log_exception(*args, **kw)
 
     def handle_error(
         self,

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from llmstudiod.adapters.settings import LoadedSettings, Settings, load_settings
+from llmstudiod.adapters.settings import LoadedSettings, Settings
+from llmstudiod.adapters.settings_file import load_settings
 from llmstudiod.core.recipe import Fault, LifecycleDefaults, Severity
 from tests.unit.test_yaml_lines import BOMB
 
@@ -78,7 +79,7 @@ def test_value_is_read_as_people_write_it(line: str, expected: dict[str, Any], f
         ("max_queue: -1", "max_queue", "expected a whole number from 0 to 100000, found the number -1", "64 is used"),
         ("max_queue: yes", "max_queue", "expected a whole number from 0 to 100000, found true", "64 is used"),
         ("launcher: docker", "launcher", "expected 'auto', 'systemd' or 'subprocess', found 'docker'", "auto is used"),
-        ("auto_recipes: maybe", "auto_recipes", "expected true or false, found 'maybe'", "True is used"),
+        ("auto_recipes: maybe", "auto_recipes", "expected true or false, found 'maybe'", "true is used"),
         ("model_dirs: 5", "model_dirs", "expected a list, each item text, found the number 5", "/srv/models"),
         ("model_dirs: [/a, 5]", "model_dirs.1", "expected text, found the number 5", "/srv/models"),
         ("recipes_dir: [a]", "recipes_dir", 'expected text, found ["a"]', "/etc/llmstudio/recipes.d is used"),
