@@ -91,7 +91,7 @@ class Application:
         for sock in listeners.http:
             # asyncio listens again, and its own default would cut the backlog down to 100.
             self._servers.append(await loop.create_server(endpoint, sock=sock, backlog=BACKLOG))
-        # Not create_unix_server: from Python 3.13 on it removes the socket's file at the end, and the file is systemd's.
+        # Not create_unix_server: from Python 3.13 on it removes the socket's file at the end, which is systemd's.
         admin_servers = [
             await loop.create_server(runner.server, sock=sock, backlog=BACKLOG) for sock in listeners.admin
         ]

@@ -154,7 +154,7 @@ class ClientConnection(RequestHandler):
     def handle_error(
         self,
         request: web.BaseRequest,
-        status: int = 500,
+        status: int = 500,  # noqa: ARG002 - aiohttp's signature
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:

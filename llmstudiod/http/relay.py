@@ -199,8 +199,9 @@ class Exchange:
     """
 
     __slots__ = (
-        "_buffer", "_connection", "_has_paused", "_is_client_paused", "_is_garbled", "_is_over", "_is_sending", "_left", "_on_done", "_watcher", "_write",
-        "client_is_http11", "collected", "head", "is_begun", "is_head_request", "is_last", "pool", "sent_anything",
+        "_buffer", "_connection", "_has_paused", "_is_client_paused", "_is_garbled", "_is_over", "_is_sending",
+        "_left", "_on_done", "_watcher", "_write", "client_is_http11", "collected", "head", "is_begun",
+        "is_head_request", "is_last", "pool", "sent_anything",
     )  # fmt: skip
 
     def __init__(

@@ -65,6 +65,7 @@ class _Upstream:
         return value_found
 
     async def tokens(self, request: dict[str, Any]) -> list[int]:
+        prompt: str | None
         if "messages" in request:
             prompt = await self.post("/apply-template", {"messages": request["messages"]}, "prompt", str)
         else:

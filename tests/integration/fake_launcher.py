@@ -60,7 +60,8 @@ class FakeLauncher(Launcher):
 
     async def follow(self, model_id: str) -> AsyncIterator[str]:
         """Yield no lines."""
-        for line in ():
+        lines: tuple[str, ...] = ()
+        for line in lines:
             yield line
 
     async def clean_up(self) -> list[str]:

@@ -218,8 +218,7 @@ async def test_unknown_model(house: House, name: str) -> None:
     error = reply.error
     assert (reply.status, error["code"], error["kind"], error["param"]) == (404, *["model_not_found"] * 2, "model")
     assert error["type"] == "invalid_request_error"
-    if name == "Tiny":
-        assert error["hint"] == "did you mean tiny, org/Tiny?" or "tiny" in error["hint"]
+    assert ("did you mean tiny" in error["hint"]) == (name in {"Tiny", "tin", "tiny ", "../tiny"})
     assert house.launcher.starts == []
 
 
@@ -330,10 +329,11 @@ async def test_upstream_of_an_unknown_model(house: House) -> None:
 async def test_models(house: House) -> None:
     """Every recipe that is not unlisted, in OpenAI's form, with our state beside it."""
     await house.supervisor.load("tiny")
-    for path in ("/v1/models", "/models", "/v1/models?x=y"):
-        found = (await house.get(path)).json
-        assert found["object"] == "list"
-        assert [model["id"] for model in found["data"]] == ["org/Tiny", "other"]
+    found = (await house.get("/v1/models")).json
+    assert found["object"] == "list"
+    assert [model["id"] for model in found["data"]] == ["org/Tiny", "other"]
+    for path in ("/models", "/v1/models?x=y"):
+        assert (await house.get(path)).json == found
     tiny, other = found["data"]
     assert tiny | {"meta": None} == {
         "id": "org/Tiny",

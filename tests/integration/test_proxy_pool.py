@@ -92,7 +92,7 @@ async def test_connection_closed_while_it_rests(warm: House) -> None:
 
 
 async def test_connection_closed_under_our_hands(warm: House) -> None:
-    """A request that meets the close of a reused connection is sent once more, on a fresh one; the client sees nothing."""
+    """A request that meets the close of a reused connection is sent once more, on a fresh one."""
 
     async def script(call: Call) -> None:
         if call.received.connection == 1 and len(warm.tiny.requests) > 1:
