@@ -62,12 +62,16 @@ async def probe_binary(binary: ServerBinary, *, timeout_s: float = PROBE_TIMEOUT
     Raises:
         BinaryError: It does not run.
     """
-    version, completion, help_text, devices = await asyncio.gather(
-        *(
-            _run([*binary.argv, flag], timeout_s=timeout_s)
-            for flag in ("--version", "--completion-bash", "--help", "--list-devices")
-        )
-    )
+    questions = ("--version", "--completion-bash", "--help", "--list-devices")
+    # Exceptions come as results, so that none of the four is still running when the first one's is raised.
+    asked = (_run([*binary.argv, flag], timeout_s=timeout_s) for flag in questions)
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    answers = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        answers.append(result)
+    version, completion, help_text, devices = answers
     if version[0] != 0:
         command = shlex.join([*binary.argv, "--version"])
         raise BinaryError(

@@ -102,8 +102,10 @@ def _kept(fault: Fault, settings: Settings, name: str | None = None) -> Fault:
         shown = f"{value:g}s"
     elif name in _SIZES:
         shown = format_bytes(value)
+    elif isinstance(value, bool):
+        shown = shorten(value)
     else:
-        shown = ", ".join(value) if isinstance(value, tuple) else str(value).lower() if value is True else str(value)
+        shown = ", ".join(value) if isinstance(value, tuple) else str(value)
     return dataclasses.replace(fault, hint=f"until it is corrected, {shown} is used")
 
 

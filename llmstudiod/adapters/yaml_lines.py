@@ -145,17 +145,18 @@ def _too_much(place: yaml.Node | yaml.Event) -> _FaultyDocumentError:
 
 def _syntax_fault(error: yaml.MarkedYAMLError, text: str, file: str) -> Fault:
     mark = error.problem_mark or error.context_mark
-    rest = text[mark.index :] if mark else text
+    line, rest = (mark.line + 1, text[mark.index :]) if mark else (None, text)
     problem = error.problem or error.context or "it cannot be read"
     hint = _SYNTAX_HINTS.get(problem, "see this line and the one before it")
     if problem == "but found another document":
         problem, hint = "expected one document, found a second", "write several recipes as a list (- id: …)"
     elif "expected" in problem and not rest.strip():
         problem, hint = f"the file ends too early: {problem}", "is a bracket or a quotation mark left open?"
+        line = text.rstrip().count("\n") + 1
     elif rest.startswith("\t"):
         problem, hint = "expected spaces, found a tab", "indent with spaces"
     language = "JSON" if file.endswith(".json") else "YAML"
-    return Fault(f"not valid {language}: {problem}", file, mark.line + 1 if mark else None, hint=hint)
+    return Fault(f"not valid {language}: {problem}", file, line, hint=hint)
 
 
 class _Builder:

@@ -16,6 +16,7 @@ DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 8192
 """Tokens for one request where neither the recipe nor a small model sets less; a full context may not fit."""
 
+DEFAULT_CACHE_RAM_MIB = 8192
 MAX_TOTAL_CONTEXT = 1 << 26
 SUN_PATH_BYTES = 107
 """Longest path of a Unix socket, without the closing NUL. Source: unix(7)."""
@@ -137,7 +138,7 @@ def build_command(
     argv += _service_flags(known, context)
     argv += _context_flags(recipe, context)
     argv += _device_flags(recipe, binary)
-    argv += _model_flags(recipe)
+    argv += _model_flags(recipe, known)
     argv += _file_flags(recipe, files, inside.__getitem__)
     notes = list(context.notes)
     try:
@@ -209,7 +210,7 @@ def _device_flags(recipe: Recipe, binary: ServerBinary) -> list[str]:
     return [*argv, "-fit", "off" if is_fixed else "on"]
 
 
-def _model_flags(recipe: Recipe) -> list[str]:
+def _model_flags(recipe: Recipe, known: frozenset[str]) -> list[str]:
     values: list[tuple[str, object]] = [
         ("--flash-attn", {True: "on", False: "off", "auto": None}[recipe.flash_attn]),  # it needs a value
         ("--batch-size", recipe.n_batch),
@@ -218,8 +219,7 @@ def _model_flags(recipe: Recipe) -> list[str]:
         ("--cache-type-v", recipe.cache_type_v),
         ("--threads", recipe.threads),
         ("--load-mode", recipe.load_mode),
-        # 8 GiB of host memory by default, and in nobody's estimate: always said.
-        ("--cache-ram", 0 if recipe.cache_ram is None and (recipe.embedding or recipe.rerank) else recipe.cache_ram),
+        ("--cache-ram", _cache_ram(recipe, known)),
         ("--pooling", recipe.pooling),
         ("--reasoning-format", recipe.reasoning_format),
         ("--chat-template", recipe.chat_template),
@@ -240,6 +240,16 @@ def _model_flags(recipe: Recipe) -> list[str]:
     return argv
 
 
+def _cache_ram(recipe: Recipe, known: frozenset[str]) -> int | None:
+    """Return MiB of host memory for the prompt cache; said even where it is llama-server's own default, 8 GiB.
+
+    It grows for days and is in nobody's estimate, so it should stand where somebody looks.
+    """
+    if recipe.cache_ram is not None or "--cache-ram" not in known:
+        return recipe.cache_ram
+    return 0 if recipe.embedding or recipe.rerank else DEFAULT_CACHE_RAM_MIB
+
+
 def _file_flags(recipe: Recipe, files: ModelFiles, inside: Callable[[str], str]) -> list[str]:
     argv: list[str] = []
     for flag, path in (
@@ -249,6 +259,10 @@ def _file_flags(recipe: Recipe, files: ModelFiles, inside: Callable[[str], str])
     ):
         if path:
             argv += [flag, inside(path)]
+    for path in files.lora:
+        if "," in inside(path) or ":" in inside(path):  # --lora-scaled takes them as its own separators
+            message = f"cannot load '{recipe.id}': a LoRA adapter may not have a comma or colon in its path: {path}"
+            raise LoadFailedError(message, hint="rename the file, or link to it under another name")
     adapters = list(zip(files.lora, recipe.lora, strict=True))
     if adapters:
         argv += ["--lora-scaled", _join(f"{inside(path)}:{adapter.scale:g}" for path, adapter in adapters)]

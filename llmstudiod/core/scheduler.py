@@ -519,7 +519,7 @@ class Scheduler:
 
     def _all_pinned(self, wanted: Instance) -> LlmstudioError:
         return UnavailableError(
-            f"cannot load '{wanted.spec.id}': the {self.max_instances} models that may run at once are all pinned",
+            f"cannot load '{wanted.spec.id}': max_instances is {self.max_instances}, and all that run are pinned",
             hint="unpin one (pinned: false), or raise max_instances",
         )
 

@@ -13,6 +13,7 @@ _SIZE_BYTES = {
     "g": 1 << 30, "gib": 1 << 30, "gb": 10**9,
     "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,
 }  # fmt: skip
+_SIZE_LIMIT = 1 << 63  # what systemd and the kernel count sizes in
 _PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 
 
@@ -43,7 +44,7 @@ def parse_duration_s(value: object) -> float:
             break
         total += float(part.group(1)) * _DURATION_S[unit or "s"]
         position = part.end()
-    if not text or position < len(text):
+    if not text or position < len(text) or total == float("inf"):
         raise ValueError(f"expected a duration such as 90s, 10m or 1h 30m, found {value!r}")
     return total
 
@@ -57,12 +58,13 @@ def parse_size_bytes(value: object) -> int:
     Raises:
         ValueError: The text is not a size.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    if isinstance(value, str):
-        part = _PART.fullmatch(value.strip())
-        if part and part.group(2).lower() in _SIZE_BYTES:
-            return int(float(part.group(1)) * _SIZE_BYTES[part.group(2).lower()])
+    size = -1.0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (part := _PART.fullmatch(value.strip())):
+        size = float(part.group(1)) * _SIZE_BYTES.get(part.group(2).lower(), -1)
+    if 0 <= size < _SIZE_LIMIT:
+        return int(size)
     raise ValueError(f"expected a size such as 512MiB or 2G, found {value!r}")
 
 
@@ -74,7 +76,7 @@ def format_bytes(count: int) -> str:
     """
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
+        if round(size, 1) < 1024:
             return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"

@@ -35,6 +35,7 @@ _HEAD = re.compile(
 )
 _HEADER = re.compile(rb"\r\n([^:]+):[ \t]*([^\r\n]*)")
 _BARE_GET = re.compile(rb"GET /[!-~]* HTTP/1\.1((?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*)*)\r\n\r\n")
+_BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"[0-9]{1,7}")
 _UNUSUAL = frozenset(
     {b"transfer-encoding", b"expect", b"upgrade", b"content-encoding", b"trailer", b"te", b"proxy-connection"}
@@ -47,7 +48,9 @@ def parse_request(data: bytes) -> FastRequest | Verdict:
         return _judge_other(data)
     end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
     if end < 0:
-        return Verdict.MORE if len(data) < MAX_HEAD_BYTES else Verdict.UNSURE
+        # A line that ends otherwise than in CRLF might be the end of the head for another reader.
+        is_plain = len(data) < MAX_HEAD_BYTES and not _BARE_LINE_FEED.search(data)
+        return Verdict.MORE if is_plain else Verdict.UNSURE
     match = _HEAD.fullmatch(data, 0, end)
     if match is None:
         return Verdict.UNSURE
@@ -63,19 +66,13 @@ def parse_request(data: bytes) -> FastRequest | Verdict:
 
 def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
     """Return the body's length, or None for anything unusual, of which most is not wrong."""
-    length: int | None = None
-    hosts = 0
-    for name, value in headers:
-        lower = name.lower()
-        if lower == b"content-length":
-            if length is not None or not _LENGTH.fullmatch(value):
-                return None
-            length = int(value)
-        elif lower == b"host":
-            hosts += 1
-        elif lower in _UNUSUAL or (lower == b"connection" and value.lower() != b"keep-alive"):
-            return None
-    return length if hosts == 1 else None
+    values = {name.lower(): value for name, value in headers}
+    if len(values) != len(headers) or not _UNUSUAL.isdisjoint(values) or b"host" not in values:
+        return None
+    if values.get(b"connection", b"keep-alive").lower() != b"keep-alive":
+        return None
+    length = values.get(b"content-length", b"")
+    return int(length) if _LENGTH.fullmatch(length) else None
 
 
 def _judge_other(data: bytes) -> Verdict:

@@ -21,6 +21,7 @@ JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
 _SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus"
 _CLD_EXITED = "1"
+_NOT_LOADED = 5  # systemctl(1), "Exit Status"
 _EXIT_EXEC = "203"  # systemd.exec(5), "Process Exit Codes"
 
 
@@ -93,15 +94,19 @@ class SystemdLauncher:
         name = unit_name(model_id)
         if is_forced:
             await _run(["systemctl", "kill", "--signal=SIGKILL", name])
-        await self._clear(name)
+        complaint = await self._clear(name)
+        if complaint is not None:
+            raise LauncherError(f"cannot stop {name}: {complaint}", hint=f"try `systemctl stop {name}` by hand")
         self._units.pop(model_id, None)
 
     @staticmethod
-    async def _clear(name: str) -> None:
-        # A unit is ordered before llmstudiod.service, so that at shutdown the daemon drains first. But then the daemon's
-        # own stop would wait for us, and an ordered stop of the unit for the daemon's: this one must not wait.
-        await _run(["systemctl", "stop", "--job-mode=ignore-dependencies", name])
+    async def _clear(name: str) -> str | None:
+        """Stop a unit and free its name; return what systemctl had against it."""
+        # A unit is ordered before llmstudiod.service, so that at shutdown the daemon drains first. But then the stop of
+        # the daemon would wait for us, and an ordered stop of the unit for the daemon's: this one must not wait.
+        code, output = await _run(["systemctl", "stop", "--job-mode=ignore-dependencies", name])
         await _run(["systemctl", "reset-failed", name])
+        return None if code in (0, _NOT_LOADED) else output.strip() or f"systemctl ended with {code}"
 
     async def lines(self, model_id: str, *, limit: int) -> list[str]:
         """Return the last lines of the unit's journal, of earlier runs too."""

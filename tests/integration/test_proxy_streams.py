@@ -309,6 +309,21 @@ async def test_crash_where_no_event_can_follow(warm: House, sent: bytes) -> None
     assert found.startswith(b"HTTP/1.1 200 ")
 
 
+async def test_garbled_chunk_takes_no_event(warm: House) -> None:
+    """A chunk of which the client has a part stays a part: its rest came with what could not be followed."""
+
+    async def script(call: Call) -> None:
+        await call.send(SSE_HEAD + b"5\r\nhel")
+        await asyncio.sleep(0.01)
+        await call.send(b"lo\r\nzz\r\n")
+        await call.client_gone()
+
+    warm.tiny.script = script
+    client = await post_and_read_head(warm)
+    assert await client.reader.readexactly(6) == b"5\r\nhel"
+    assert await client.is_closed()
+
+
 @pytest.mark.parametrize("bad", [b"5\r\nhelloXX", b"zz\r\n", event("two") + b"-1\r\n"])
 async def test_garbled_stream_is_cut(warm: House, bad: bytes) -> None:
     """A stream whose framing cannot be followed is cut, and so is the connection that it came from."""

@@ -92,8 +92,8 @@ def test_model_is_an_ordinary_service(daemon: Daemon) -> None:
 
 # What systemd shows otherwise than it is given, and where it is looked at instead.
 SHOWN_OTHERWISE = {
-    "Before", "BindReadOnlyPaths", "Documentation", "Environment", "InaccessiblePaths", "IPAddressDeny", "LogExtraFields",
-    "SystemCallFilter", "TemporaryFileSystem",
+    "Before", "BindReadOnlyPaths", "Documentation", "Environment", "InaccessiblePaths", "IPAddressDeny",
+    "LogExtraFields", "SystemCallFilter", "TemporaryFileSystem",
 }  # fmt: skip
 SHOWN_AS = {
     "TimeoutStartSec": ("TimeoutStartUSec", "30s"),
@@ -171,7 +171,9 @@ def test_stopping_the_service_stops_the_models(daemon: Daemon) -> None:
     """`systemctl stop llmstudiod` leaves no model and keeps the sockets; the next connection starts it again."""
     daemon.listen()
     daemon.chat()
+    began = time.monotonic()
     daemon.systemctl("stop", "llmstudiod")
+    assert time.monotonic() - began < 5  # neither stop waits for the other
     assert daemon.model_units() == []
     assert [daemon.state(unit) for unit in SOCKETS] == ["active", "active"]
     assert daemon.state(SERVICE) == "inactive"

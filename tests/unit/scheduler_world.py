@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import assert_never
+from typing import Any, assert_never
 
 from llmstudiod.core.events import (
     Action,
@@ -29,6 +29,7 @@ from llmstudiod.core.events import (
     SpecsChanged,
     StartUnit,
     StopUnit,
+    Timer,
     TimerFired,
     UnitFailed,
     UnitGone,
@@ -39,6 +40,10 @@ from llmstudiod.core.lifecycle import Failure, InstanceView, ModelSpec, State, S
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.errors import LlmstudioError
 
+LOAD_S = 3.0
+"""Seconds from the start of a unit until it is ready, unless a test scripts it otherwise."""
+
+OOM = Failure("oom_vram", "the GPU's memory is too small for it", "lower n_gpu_layers", ("cudaMalloc failed",))
 CRASH = Failure("crash", "llama-server crashed (signal 11)")
 NEVER_CUTS = {StopCause.EVICT, StopCause.IDLE, StopCause.ABANDONED, StopCause.RECIPE}
 """Causes for which no request in flight may be cut short."""
@@ -74,7 +79,7 @@ class Script:
     load_s: float | None = 2.0
     stop_s: float = 1.0
     failure: Failure | None = None
-    facts: UpstreamFacts = UpstreamFacts(n_parallel=2, n_ctx=1000)
+    facts: UpstreamFacts = field(default_factory=lambda: UpstreamFacts(n_parallel=2, n_ctx=1000))
 
 
 @dataclass(slots=True)
@@ -214,6 +219,10 @@ class World:
         """Return the tickets that wait for an answer of any kind."""
         return [number for number, ticket in self.tickets.items() if ticket.place is Place.WAITING]
 
+    def timers(self, timer: Timer) -> int:
+        """Return how many timers of this kind are set."""
+        return sum(isinstance(event, TimerFired) and event.timer is timer for _, _, event in self._due)
+
     # The course of things
 
     def feed(self, event: Event) -> None:
@@ -311,7 +320,7 @@ class World:
         ticket = self.tickets[number]
         assert ticket.place is Place.WAITING, f"ticket {number} is answered, and is {ticket.place}"
         ticket.place, ticket.error, ticket.settled_at = Place.SETTLED, error, self.now
-        if error is not None and "all pinned" in error.message:
+        if error is not None and "are pinned" in error.message:
             assert all(self.specs[model].is_pinned for model in self.alive), f"{error.message}: {self.alive}"
 
     # The laws
@@ -362,14 +371,33 @@ class World:
                 assert earlier.at <= later.at
 
 
-def spec(model: str, *, recipe_hash: str = "1", **changes: object) -> ModelSpec:
+def spec(model: str, **changes: Any) -> ModelSpec:
     """Return a spec whose times are short and round; ``changes`` are its fields."""
-    values: dict[str, object] = {"idle_timeout_s": 600.0, "drain_timeout_s": 60.0, "stall_timeout_s": 120.0}
-    return ModelSpec(id=model, recipe_hash=recipe_hash, **(values | changes))  # type: ignore[arg-type]
+    values: dict[str, Any] = {
+        "recipe_hash": "1",
+        "idle_timeout_s": 600.0,
+        "drain_timeout_s": 60.0,
+        "stall_timeout_s": 120.0,
+    }
+    return ModelSpec(id=model, **(values | changes))
 
 
 def world_of(specs: Iterable[ModelSpec], *, max_instances: int = 0) -> World:
     """Return a world with these models, all stopped."""
     world = World(max_instances=max_instances)
     world.use(*specs)
+    return world
+
+
+def one_of(*models: str) -> World:
+    """Return a world in which one of these models may run at once."""
+    return world_of([spec(model) for model in models], max_instances=1)
+
+
+def ready(world: World, model: str) -> World:
+    """Return the world with a model ready and idle."""
+    ticket = world.ask(model)
+    world.advance(LOAD_S)
+    world.end(ticket)
+    assert world.state(model) is State.READY
     return world

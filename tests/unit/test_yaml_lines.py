@@ -76,7 +76,7 @@ def test_json_is_read(text: str, expected: object) -> None:
         ("a: 1\nb: 2\na: 3", 3, "'a' is given twice, first in line 1", "keep one of them"),
         ("x:\n  a: 1\n  a: 2", 3, "'a' is given twice, first in line 2", "keep one of them"),
         ("a:\n\tb: 1", 2, "expected spaces, found a tab", "indent with spaces"),
-        ("a: 1\nb: [1, 2\n", 3, "the file ends too early", "left open"),
+        ("a: 1\nb: [1, 2\n\n", 2, "the file ends too early", "left open"),
         ('a: 1\nb: "half', 2, "the file ends too early", "left open"),
         ("a: 1\n---\nb: 1", 2, "expected one document, found a second", "as a list"),
         ("a: b: c", 1, "mapping values are not allowed", "quote a value"),

@@ -1,0 +1,277 @@
+"""From recipe to launch: files found and checked, the parser asked, with a small program for llama-server."""
+
+import dataclasses
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from llmstudiod.adapters.planner import Planner
+from llmstudiod.adapters.settings import Settings
+from llmstudiod.core.recipe import Limits, LoraAdapter, Recipe, RecipeEntry
+from llmstudiod.demo.tiny_gguf import Fault, TinyModel, write_tiny_gguf
+from llmstudiod.errors import BinaryError, LoadFailedError
+from llmstudiod.launchers.base import Exit, LaunchRequest, Unit
+from tests.gguf_files import write_shards
+from tests.unit.fake_server import GOOD, calls, write_program
+
+
+class NoLauncher:
+    """A launcher that starts nothing: a planner only asks where the socket is and whether there is a sandbox."""
+
+    name = "none"
+
+    def __init__(self, runtime_dir: str = "/run/test", *, is_sandboxed: bool = False) -> None:
+        self._runtime_dir = runtime_dir
+        self.is_sandboxed = is_sandboxed
+
+    def socket_path(self, model_id: str) -> str:
+        """Return a path in the runtime directory."""
+        return f"{self._runtime_dir}/{model_id}.sock"
+
+    async def start(self, request: LaunchRequest) -> Unit:
+        """Never called."""
+        raise AssertionError(request)
+
+    async def wait(self, unit: Unit) -> Exit:
+        """Never called."""
+        raise AssertionError(unit)
+
+    async def stop(self, model_id: str, *, is_forced: bool) -> None:
+        """Never called."""
+        raise AssertionError(model_id, is_forced)
+
+    async def lines(self, model_id: str, *, limit: int) -> list[str]:
+        """Return nothing."""
+        return []
+
+    async def follow(self, model_id: str) -> AsyncIterator[str]:
+        """Yield nothing."""
+        for line in await self.lines(model_id, limit=0):
+            yield line
+
+    async def clean_up(self) -> list[str]:
+        """Return nothing."""
+        return []
+
+    async def close(self) -> None:
+        """Hold nothing."""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A llama-server that behaves."""
+    return write_program(tmp_path / "llama-server")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A model directory with one small model, ``tiny.gguf``."""
+    directory = tmp_path / "models"
+    directory.mkdir()
+    write_tiny_gguf(directory / "tiny.gguf", TinyModel(n_layers=1))
+    return directory
+
+
+@pytest.fixture
+def planner(program: Path, models: Path) -> Planner:
+    """A planner with that program and that directory."""
+    return Planner(Settings(llama_server=str(program), model_dirs=(str(models),)), NoLauncher(), {})
+
+
+def entry(path: Path | str, **fields: object) -> RecipeEntry:
+    """Return a recipe for a model, from line 3 of a file."""
+    recipe = dataclasses.replace(Recipe(id="m", model_path=str(path)), **fields)  # type: ignore[arg-type]
+    return RecipeEntry(recipe, "/etc/r.yaml", 3)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Change who may do what with a file."""
+    path.chmod(mode)
+
+
+def remove(path: Path) -> None:
+    """Remove a file."""
+    path.unlink()
+
+
+async def refusal(planner: Planner, wanted: RecipeEntry) -> LoadFailedError:
+    """Return why there is no plan."""
+    with pytest.raises(LoadFailedError) as caught:
+        await planner.plan(wanted)
+    assert caught.value.message.startswith("cannot load 'm': ")
+    assert caught.value.hint
+    return caught.value
+
+
+async def test_plan_has_everything_that_is_started(planner: Planner, program: Path, models: Path) -> None:
+    """The request names recipe, command, socket, files and limits; the model's own context is known."""
+    wanted = entry(models / "tiny.gguf", limits=Limits(memory_max=1 << 30, nice=5))
+    plan = await planner.plan(wanted)
+    path = str(models / "tiny.gguf")
+    assert plan.request.argv[:6] == (str(program), "-m", path, "--alias", "m", "--host")
+    assert (plan.request.model_id, plan.request.recipe_file, plan.alias) == ("m", "/etc/r.yaml", "m")
+    assert plan.request.socket_path == "/run/test/m.sock"
+    assert [file.host for file in plan.request.files] == [path]
+    assert plan.request.limits == {"MemoryMax": str(1 << 30), "Nice": "5", "MemorySwapMax": "0"}
+    assert (plan.request.needs_gpu, plan.command.context.n_ctx) == (True, 2048)
+    assert LaunchRequest.from_json(plan.request.to_json()) == plan.request
+
+
+async def test_recipe_without_gpu_needs_none(planner: Planner, models: Path) -> None:
+    """``gpus: none`` keeps the unit away from the devices."""
+    assert not (await planner.plan(entry(models / "tiny.gguf", gpus="none"))).request.needs_gpu
+
+
+async def test_relative_path_is_looked_up_in_the_model_directories(program: Path, models: Path, tmp_path: Path) -> None:
+    """The first directory that has it wins; a file that is nowhere is told with the places."""
+    settings = Settings(llama_server=str(program), model_dirs=(str(tmp_path / "no"), str(models)))
+    planner = Planner(settings, NoLauncher(), {})
+    assert str(models / "tiny.gguf") in (await planner.plan(entry("tiny.gguf"))).request.argv
+    error = await refusal(planner, entry("no.gguf"))
+    places = f"{tmp_path / 'no'}, {models}"
+    assert error.message == f"cannot load 'm': model_path: there is no 'no.gguf' in the model directories ({places})"
+    assert error.details["failure"] == "model_not_found"
+    assert "~ is not expanded" in str((await refusal(planner, entry("~/no.gguf"))).hint)
+
+
+async def test_directory_with_one_model_is_that_model(planner: Planner, models: Path) -> None:
+    """A directory stands for its one model; with two it is refused with their names."""
+    assert str(models / "tiny.gguf") in (await planner.plan(entry(models))).request.argv
+    write_tiny_gguf(models / "b.gguf", TinyModel(n_layers=1))
+    error = await refusal(planner, entry(models))
+    assert "holds 2 models, expected one: 'b.gguf', 'tiny.gguf'" in error.message
+
+
+async def test_shards_are_all_bound(planner: Planner, models: Path) -> None:
+    """Every part of a split model belongs to its files; the command names the first."""
+    shards = [str(path) for path in write_shards(models / "set")]
+    plan = await planner.plan(entry(models / "set"))
+    assert [file.host for file in plan.request.files] == shards
+    assert plan.request.argv[2] == shards[0]
+
+
+async def test_missing_model_names_recipe_and_path(planner: Planner, tmp_path: Path) -> None:
+    """What is missing, which field names it, and where that stands."""
+    error = await refusal(planner, entry(tmp_path / "no.gguf"))
+    assert error.message == f"cannot load 'm': model_path: '{tmp_path / 'no.gguf'}' does not exist"
+    assert "check the path, or download the model (the recipe in /etc/r.yaml:3)" in str(error.hint)
+    assert error.details["failure"] == "model_not_found"
+
+
+async def test_truncated_model_is_refused_before_a_start(planner: Planner, models: Path, program: Path) -> None:
+    """A broken download costs nobody a start, and the binary is not even asked."""
+    write_tiny_gguf(models / "cut.gguf", TinyModel(n_layers=1, fault=Fault.TRUNCATED))
+    error = await refusal(planner, entry(models / "cut.gguf"))
+    assert "the download is incomplete, 64 B are missing" in error.message
+    assert error.details["failure"] == "bad_model_file"
+    assert "download it again" in str(error.hint)
+    assert calls(program) == []
+
+
+@pytest.mark.parametrize("fault", [Fault.MISSING_KEY, Fault.MISSING_TENSOR, Fault.UNKNOWN_ARCHITECTURE])
+async def test_fault_that_only_llama_cpp_can_judge_is_left_to_it(planner: Planner, models: Path, fault: Fault) -> None:
+    """A whole GGUF goes to llama-server, whatever is in it."""
+    write_tiny_gguf(models / "odd.gguf", TinyModel(n_layers=1, fault=fault))
+    plan = await planner.plan(entry(models / "odd.gguf"))
+    assert str(models / "odd.gguf") in plan.request.argv
+
+
+@pytest.mark.parametrize("field", ["mmproj", "draft_model", "chat_template_file", "lora"])
+@pytest.mark.parametrize(("name", "words"), [("no", "does not exist"), ("models", "is not a regular file")])
+async def test_other_files_are_checked_and_named(
+    field: str, name: str, words: str, planner: Planner, models: Path, tmp_path: Path
+) -> None:
+    """The message says which of the recipe's files it is."""
+    path = str(tmp_path / name)
+    value = (LoraAdapter(path),) if field == "lora" else path
+    error = await refusal(planner, entry(models / "tiny.gguf", **{field: value}))
+    assert error.message == f"cannot load 'm': {field}: '{path}' {words}"
+
+
+async def test_sandbox_needs_files_that_everybody_may_read(program: Path, models: Path) -> None:
+    """The unit's user is nobody's acquaintance; outside a sandbox the daemon's own rights count."""
+    settings = Settings(llama_server=str(program), model_dirs=(str(models),))
+    path = models / "tiny.gguf"
+    path.chmod(0o640)
+    sandboxed = Planner(settings, NoLauncher(is_sandboxed=True), {})
+    error = await refusal(sandboxed, entry(path))
+    assert f"'{path}' has mode 0640: the model's own user may not read it" in error.message
+    assert error.hint == f"chmod o+r {path}"
+    assert error.details["failure"] == "permission"
+    plan = await Planner(settings, NoLauncher(), {}).plan(entry(path))
+    assert plan.request.argv[2] == str(path)
+    path.chmod(0o644)
+    plan = await sandboxed.plan(entry(path))
+    assert plan.request.argv[2] == "/run/llmstudio-model/0/tiny.gguf"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+async def test_file_behind_a_closed_directory_is_a_permission_fault(planner: Planner, models: Path) -> None:
+    """A directory that the daemon may not search is not a missing file."""
+    set_mode(models, 0)
+    try:
+        for wanted in (entry(models / "tiny.gguf"), entry("tiny.gguf")):
+            assert (await refusal(planner, wanted)).details["failure"] == "permission"
+    finally:
+        set_mode(models, 0o755)
+
+
+async def test_refused_command_line_carries_the_complaint(planner: Planner, models: Path) -> None:
+    """What the parser says, whose recipe it is, and what to look at."""
+    error = await refusal(planner, entry(models / "tiny.gguf", chat_template="--bad"))
+    assert error.message == ("cannot load 'm': llama-server refuses its command line: error: invalid argument: --bad")
+    assert "the recipe in /etc/r.yaml:3" in str(error.hint)
+    assert error.details["failure"] == "bad_args"
+
+
+async def test_unknown_flag_is_refused_before_the_parser_is_asked(
+    planner: Planner, models: Path, program: Path
+) -> None:
+    """The installed build does not list it."""
+    error = await refusal(planner, entry(models / "tiny.gguf", extra_args={"flag_of_tomorrow": 1}))
+    assert "does not accept --flag-of-tomorrow" in error.message
+    assert len(calls(program)) == 4, "only the probe"
+
+
+async def test_good_command_line_is_checked_once(planner: Planner, models: Path, program: Path) -> None:
+    """A model that starts often is not checked every time; another command line is."""
+    for _ in range(3):
+        await planner.plan(entry(models / "tiny.gguf"))
+    assert len(calls(program)) == 4 + 1
+    await planner.plan(entry(models / "tiny.gguf", n_batch=64))
+    assert len(calls(program)) == 4 + 2
+    for _ in range(2):
+        await refusal(planner, entry(models / "tiny.gguf", chat_template="--bad"))
+    assert len(calls(program)) == 4 + 4, "a refusal is not remembered: files may have changed"
+
+
+async def test_changed_binary_is_asked_again(planner: Planner, models: Path, program: Path) -> None:
+    """An upgrade on disk counts at the next start, for the probe and for the command lines."""
+    assert (await planner.plan(entry(models / "tiny.gguf"))).binary.version == "11669 (abc)"
+    write_program(program, GOOD.replace("11669", "12000"))
+    assert (await planner.plan(entry(models / "tiny.gguf"))).binary.version == "12000 (abc)"
+    assert len(calls(program)) == 2 * 5
+
+
+async def test_other_binary_of_a_reload_is_used(planner: Planner, tmp_path: Path) -> None:
+    """The setting may name another binary after a reload."""
+    await planner.binary()
+    other = write_program(tmp_path / "other", GOOD.replace("11669", "9"))
+    planner.use_settings(Settings(llama_server=str(other)))
+    assert (await planner.binary()).argv == (str(other),)
+
+
+async def test_binary_that_vanished_is_a_binary_fault(planner: Planner, models: Path, program: Path) -> None:
+    """The model is not to blame."""
+    remove(program)
+    with pytest.raises(BinaryError, match="llama_server: expected a program, found no file"):
+        await planner.plan(entry(models / "tiny.gguf"))
+
+
+async def test_long_socket_path_is_refused(program: Path, models: Path) -> None:
+    """bind(2) would refuse it, and llama-server would not say why."""
+    planner = Planner(Settings(llama_server=str(program)), NoLauncher("/run/" + "x" * 110), {})
+    error = await refusal(planner, entry(models / "tiny.gguf"))
+    assert "a Unix socket holds 107" in error.message
