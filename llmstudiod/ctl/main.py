@@ -18,7 +18,8 @@ Command = Callable[[Client, argparse.Namespace], int]
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
-    arguments = _parser().parse_args(argv)
+    # Both options may stand before or after the command; a default in either place would undo the other.
+    arguments = _parser().parse_args(argv, argparse.Namespace(json=False, socket=None))
     try:
         command: Command = arguments.command
         return command(Client.from_environment(arguments.socket), arguments)
@@ -58,7 +59,6 @@ def _parser() -> argparse.ArgumentParser:
         "5 not allowed, 6 queue full, 7 the model cannot be loaded or has ended, 8 daemon not reachable",
         parents=[common],
     )
-    parser.set_defaults(json=False, socket=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:

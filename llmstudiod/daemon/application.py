@@ -74,10 +74,12 @@ class Application:
             launcher=self.launcher,
             listing=listing,
             settings=lambda: self.loaded,
+            ports=lambda: self._ports,
             clock=clock,
         )
         self._put_in_force(found)
         self._servers: list[asyncio.Server] = []
+        self._ports: list[int] = []
 
     @contextlib.asynccontextmanager
     async def serving(self, listeners: Listeners) -> AsyncIterator[None]:
@@ -88,6 +90,7 @@ class Application:
         runner = web.AppRunner(self.admin.application(), access_log=None, handler_cancellation=True)
         await runner.setup()
         assert runner.server is not None
+        self._ports = sorted({sock.getsockname()[1] for sock in listeners.http})
         for sock in listeners.http:
             # asyncio listens again, and its own default would cut the backlog down to 100.
             self._servers.append(await loop.create_server(endpoint, sock=sock, backlog=BACKLOG))

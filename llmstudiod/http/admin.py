@@ -55,6 +55,7 @@ class Admin:
         launcher: Launcher,
         listing: Listing,
         settings: Callable[[], LoadedSettings],
+        ports: Callable[[], list[int]],
         clock: Callable[[], float],
     ) -> None:
         self._supervisor = supervisor
@@ -62,6 +63,7 @@ class Admin:
         self._launcher = launcher
         self._listing = listing
         self._settings = settings
+        self._ports = ports
         self._clock = clock
 
     def application(self) -> web.Application:
@@ -104,7 +106,8 @@ class Admin:
                 "version": __version__,
                 "running": ready is not None,
                 "process": self._process(ready) if ready else None,
-                "inference_port": _port(self._settings().settings.listen),
+                "inference_port": next(iter(self._ports()), None),
+                "ports": self._ports(),
                 "launching": launching,
                 "launcher": self._launcher.name,
                 "llama_server": await self._binary(),
@@ -319,11 +322,6 @@ def _log_event(line: str) -> bytes:
 
 def _is_forced(request: web.Request) -> bool:
     return request.query.get("force", "false").lower() in {"true", "1", "yes"}
-
-
-def _port(listen: tuple[str, ...]) -> int | None:
-    port = listen[0].rpartition(":")[2] if listen else ""
-    return int(port) if port.isdigit() else None
 
 
 def _fault(fault: Fault) -> dict[str, Any]:
