@@ -256,6 +256,22 @@ async def test_crash_in_a_stream(warm: House) -> None:
     assert (error["kind"], error["failure"]) == ("upstream_crashed", "bad_args")
 
 
+async def test_request_sent_while_the_reason_is_sought(warm: House) -> None:
+    """The end of a lost answer comes before anything else on its connection, and is the last."""
+
+    async def script(call: Call) -> None:
+        await call.send(SSE_HEAD + event("one"))
+        call.die()
+
+    warm.tiny.script = script
+    client = await post_and_read_head(warm)
+    assert await client.read_chunk() == b"data: one\n\n"
+    await eventually(lambda: warm.tiny.open_connections == 0)
+    await asyncio.sleep(0.05)
+    await client.send(b"GET /running HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await read_error(client))["kind"] == "upstream_crashed"
+
+
 async def test_crash_in_a_stream_of_anthropics(warm: House) -> None:
     """Clients of /v1/messages get an event named error in their own envelope."""
 

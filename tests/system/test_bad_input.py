@@ -222,4 +222,6 @@ def _answers(daemon: Daemon, model: str) -> bool:
     try:
         return bool(daemon.chat(model))
     except openai.APIStatusError as error:
-        return (error.status_code, "Retry-After" in error.response.headers) != (503, True)
+        if error.status_code == 503 and "Retry-After" in error.response.headers:
+            return False
+        raise

@@ -133,7 +133,7 @@ def test_client_that_leaves_does_not_disturb_the_load(loading: Daemon) -> None:
     assert loading.chat("tiny")
     wait_until(lambda: loading.status("big")["state"] == "ready", timeout_s=60)
     assert loading.status("big")["in_flight"] == 0
-    assert loading.status("big")["waiting"] == 0
+    assert loading.status("big")["queued"] == 0
 
 
 def test_forced_unload_answers_those_who_wait(loading: Daemon) -> None:
