@@ -119,7 +119,7 @@ class Instance:
     progress: float | None = None
     idle_since: float = 0.0
     last_used: float = 0.0
-    rank: int | None = None  # its priority until the next start, where that was lowered for whom it made room
+    yields_to: "Instance | None" = None  # for whom it made room; until that one is started it comes back no sooner
     overtake_at: float = 0.0  # when the timer that was set last for its waiters runs out
     is_stale: bool = False
     is_removed: bool = False

@@ -143,7 +143,7 @@ class Scheduler:
             return
         assert instance is not None
         if not instance.waiters and not instance.is_resident:
-            instance.rank = None  # what it once made room for is long past
+            instance.yields_to = None  # for whom it once made room is long past
         waiter = Waiter(event.ticket, event.at, event.cost_tokens, event.is_load)
         instance.waiters[event.ticket] = waiter
         self._waiting_in[event.ticket] = instance
@@ -230,8 +230,11 @@ class Scheduler:
         instance.progress_at = at
         instance.stop_cause = None
         instance.is_stale = False
-        instance.rank = None
+        instance.yields_to = None
         instance.overtake_at = 0.0
+        for other in self._instances.values():
+            if other.yields_to is instance:
+                other.yields_to = None
         self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
         self._actions.append(StartUnit(instance.spec.id, instance.run))
         self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
@@ -489,7 +492,7 @@ class Scheduler:
         """Let up to ``spare`` instances that drain for an eviction serve on: nobody needs their places any more."""
         for instance in [i for i in self._leaving() if _can_be_recalled(i)][: max(0, spare)]:
             instance.stop_cause = None
-            instance.rank = None
+            instance.yields_to = None
             self._move(instance, State.READY, at, "its place is not needed any more")
             self._admit(instance, at)
 
@@ -510,7 +513,7 @@ class Scheduler:
         busy = [i for i in ready if not i.waiters or _oldest_arrival(i) >= waited_since]
         if busy:
             victim = min(busy, key=_eviction_order)
-            victim.rank = min(victim.spec.priority, _rank(wanted))
+            victim.yields_to = wanted
             self._drain(victim, at, StopCause.EVICT)
 
     def _evictable(self) -> list[Instance]:
@@ -535,7 +538,11 @@ def _eviction_order(instance: Instance) -> tuple[int, float]:
 
 
 def _rank(instance: Instance) -> int:
-    return instance.spec.priority if instance.rank is None else instance.rank
+    """Return its priority, no higher than that of whom it yields to; such chains end, since a start clears them."""
+    other = instance.yields_to
+    if other is None or other.is_resident or not other.waiters:
+        return instance.spec.priority
+    return min(instance.spec.priority, _rank(other))
 
 
 def _oldest_arrival(instance: Instance) -> float:
