@@ -17,7 +17,8 @@ def json_bytes(value: object) -> bytes:
 
 def json_response(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return a JSON answer."""
-    return web.Response(body=json_bytes(value), status=status, content_type="application/json", headers=headers)
+    own = {"Server": "llmstudiod", **(headers or {})}  # aiohttp would tell its own version and Python's
+    return web.Response(body=json_bytes(value), status=status, content_type="application/json", headers=own)
 
 
 def is_anthropic(path: str) -> bool:

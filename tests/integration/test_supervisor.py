@@ -1,0 +1,127 @@
+"""The supervisor with real sockets and a launcher that does as it is told: starts, ends, identity."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from llmstudiod.core.lifecycle import State
+from llmstudiod.errors import LauncherError, LlmstudioError, LoadFailedError, ModelNotFoundError
+from llmstudiod.launchers.base import Exit
+from tests.integration.house import House, eventually, open_house
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    """The endpoint with its usual models."""
+    async with open_house(tmp_path) as opened:
+        yield opened
+
+
+async def failure_of(house: House, model: str = "tiny") -> LlmstudioError:
+    """Load the model, and return why it cannot be loaded."""
+    with pytest.raises(LlmstudioError) as caught:
+        await house.supervisor.load(model)
+    return caught.value
+
+
+async def test_load_and_unload(house: House) -> None:
+    """A load returns when the model is ready, an unload when nothing of it is left."""
+    await house.supervisor.load("tiny")
+    assert house.state() is State.READY
+    await house.supervisor.unload("tiny")
+    assert house.state() is State.STOPPED
+    assert not house.tiny.open_connections
+
+
+async def test_second_load_joins_the_first(house: House) -> None:
+    """Two loads are one start."""
+    await asyncio.gather(house.supervisor.load("tiny"), house.supervisor.load("tiny"))
+    assert house.launcher.starts == ["tiny"]
+
+
+async def test_start_that_fails_is_told(house: House) -> None:
+    """What the launcher has to say reaches who waited, with its hint."""
+    house.launcher.start_error = LauncherError("cannot execute '/x': No such file", hint="is it there?")
+    error = await failure_of(house)
+    assert isinstance(error, LoadFailedError)
+    assert error.message == "cannot load 'tiny': cannot execute '/x': No such file"
+    assert error.hint == "is it there?"
+    assert house.state() is State.FAILED
+
+
+async def test_end_while_loading_is_told_at_once(house: House) -> None:
+    """The exit ends the wait for readiness, and the log's last lines say why."""
+    house.tiny.is_ready = False
+    loading = asyncio.ensure_future(failure_of(house))  # noqa: TID251 - awaited below
+    await eventually(lambda: house.state() is State.LOADING)
+    lines = ("0.00.012.000 E srv  llama_server: error loading model: unknown model architecture: 'zz'",)
+    house.launcher.die("tiny", Exit("exit-code", code=1, lines=lines))
+    error = await loading
+    assert error.details["failure"] == "unsupported_arch"
+    assert error.hint == "install a newer llama-server"
+
+
+async def test_somebody_else_at_the_socket_is_a_failure(house: House) -> None:
+    """A server that does not know itself by the model's name gets no traffic, and is stopped."""
+    house.tiny.alias = "somebody"
+    error = await failure_of(house)
+    assert "'somebody' answers at its socket instead of 'org/Tiny'" in error.message
+    assert house.tiny.open_connections == 0
+
+
+async def test_unload_while_it_loads_answers_who_waits(house: House) -> None:
+    """A stop does not wait for a readiness that may never come."""
+    house.tiny.is_ready = False
+    loading = asyncio.ensure_future(failure_of(house))  # noqa: TID251 - awaited below
+    await eventually(lambda: house.state() is State.LOADING)
+    async with asyncio.timeout(2):
+        await house.supervisor.unload("tiny")
+    assert (await loading).kind == "shutting_down"
+    assert house.state() is State.STOPPED
+
+
+async def test_unknown_model_cannot_be_loaded(house: House) -> None:
+    """Neither loaded nor unloaded."""
+    with pytest.raises(ModelNotFoundError):
+        await house.supervisor.load("nope")
+    with pytest.raises(ModelNotFoundError):
+        await house.supervisor.unload("nope")
+
+
+async def test_load_that_nobody_waits_for_is_finished_quietly(house: House) -> None:
+    """A model to be loaded at the start may fail without taking anything with it."""
+    house.launcher.start_error = LauncherError("no")
+    house.supervisor.start_load("tiny")
+    await eventually(lambda: house.state() is State.FAILED)
+    house.launcher.start_error = None
+    house.supervisor.start_load("other")
+    await eventually(lambda: house.state("other") is State.READY)
+
+
+async def test_bug_in_a_start_fails_the_start_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits is answered, the traceback is logged, and other models are served."""
+
+    async def broken(_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(house.launcher, "start", broken)
+    assert "internal error" in (await failure_of(house)).message
+    monkeypatch.undo()
+    await house.supervisor.load("other")
+    assert any("internal error" in fault for fault in house.faults)
+    house.faults.clear()
+
+
+async def test_shutdown_ends_everything(house: House) -> None:
+    """Models that run and models that load are gone afterwards, and whoever waits has an answer."""
+    await house.supervisor.load("other")
+    house.tiny.is_ready = False
+    loading = asyncio.ensure_future(failure_of(house))  # noqa: TID251 - awaited below
+    await eventually(lambda: house.state() is State.LOADING)
+    async with asyncio.timeout(5):
+        await house.supervisor.shut_down()
+    assert (await loading).kind == "shutting_down"
+    assert {house.state("other"), house.state("tiny")} == {State.STOPPED}
+    assert (await failure_of(house, "other")).kind == "shutting_down"
