@@ -144,7 +144,7 @@ class Planner:
             place = f" ({_recipe_place(entry)})" if failure == "model_not_found" else ""
             raise LoadFailedError(
                 f"cannot load '{recipe.id}': {field}: {error.message}",
-                hint=f"{error.hint}{place}",
+                hint=f"{error.hint or 'see the recipe'}{place}",
                 details={"failure": failure},
             ) from error
         return files

@@ -13,6 +13,7 @@ from typing import Any
 from llmstudiod.errors import BadRequestError
 
 PARSE_UP_TO = 1 << 20
+TEMPLATE_TOKENS = 256
 
 Bytes = bytes | bytearray
 
@@ -21,6 +22,7 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NESTED = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]', re.DOTALL)
 _SCALAR = re.compile(rb"-?[0-9.eE+-]+|true|false|null")
 _SPACE = re.compile(rb"[ \t\r\n]*")
+_MEDIA = (b"image_url", b"input_audio", b'"image"', b"multimodal_data")
 _WANTED = frozenset({"model", "stream", "max_tokens", "max_completion_tokens", "n_predict", "n", "n_cmpl"})
 _LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
 _PART_HEADER = re.compile(rb"\r\nContent-Disposition:([^\r\n]*)\r\n", re.IGNORECASE)
@@ -46,7 +48,7 @@ def read_json_facts(body: Bytes, *, parse_up_to: int = PARSE_UP_TO) -> RequestFa
     model = values.get("model")
     if model is not None and not isinstance(model, str):
         raise BadRequestError(f"model: expected the name of a model, found {json.dumps(model)[:80]}")
-    return RequestFacts(model or None, values.get("stream") is True, _cost(values, len(body)))
+    return RequestFacts(model or None, values.get("stream") is True, _cost(values, body))
 
 
 def read_multipart_facts(body: Bytes) -> RequestFacts:
@@ -61,12 +63,17 @@ def read_multipart_facts(body: Bytes) -> RequestFacts:
     return RequestFacts(body[start + 4 : end].decode(errors="replace").strip() or None)
 
 
-def _cost(values: dict[str, Any], length: int) -> int | None:
-    """Return an upper bound: a token stands for at least one byte of the body, and for each one generated."""
+def _cost(values: dict[str, Any], body: Bytes) -> int | None:
+    """Return an upper bound: a token stands for at least one byte of the body, and for each one generated.
+
+    What the chat template adds is in no body, hence the allowance; what an image or a sound becomes, nobody can tell.
+    """
     limits = [values[name] for name in _LIMITS if isinstance(values.get(name), int)]
     if not limits or min(limits) < 0 or any(values.get(name) not in (None, 1) for name in ("n", "n_cmpl")):
         return None
-    return length + int(max(limits))
+    if any(word in body for word in _MEDIA):
+        return None
+    return TEMPLATE_TOKENS + len(body) + int(max(limits))
 
 
 def _parse(body: Bytes) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from llmstudiod.launchers.systemd import SystemdLauncher
 
 KIND = os.environ.get("LLMSTUDIO_TEST_LAUNCHER", "subprocess")
 T = TypeVar("T")
-GRACE_S = 1.0  # how long a polite server may take here; the units' own ten seconds would only cost time
+GRACE_S = 2.0  # how long a polite server may take here; the units' own ten seconds would only cost time
 FOR_EVER = "while :; do sleep 0.05; done"
 PYTHON = shlex.quote(sys.executable)
 LISTEN = f"""exec {PYTHON} -c '

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmstudiod.errors import BadRequestError
-from llmstudiod.http.body import RequestFacts, read_json_facts, read_multipart_facts
+from llmstudiod.http.body import TEMPLATE_TOKENS, RequestFacts, read_json_facts, read_multipart_facts
 
 NEVER_PARSE = 0
 
@@ -223,8 +223,15 @@ def test_stream(body: bytes, is_stream: bool, parse_up_to: int) -> None:
 def test_cost_is_an_upper_bound(members: dict[str, Any], generated: int | None, parse_up_to: int) -> None:
     """A request costs at most its bytes and what it lets be generated; without a limit, all that there is."""
     body = json.dumps(members | {"prompt": "hello"}).encode()
-    expected = None if generated is None else len(body) + generated
+    expected = None if generated is None else len(body) + generated + TEMPLATE_TOKENS
     assert read_json_facts(body, parse_up_to=parse_up_to).cost_tokens == expected
+
+
+@both
+def test_media_have_no_bound(parse_up_to: int) -> None:
+    """How many tokens an image becomes is not to be read off its bytes."""
+    body = b'{"max_tokens": 5, "messages": [{"content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}'
+    assert read_json_facts(body, parse_up_to=parse_up_to).cost_tokens is None
 
 
 def form(*fields: tuple[str, bytes]) -> bytes:

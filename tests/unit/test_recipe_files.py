@@ -222,8 +222,6 @@ def test_spelling_is_accepted(line: str, expected: dict[str, Any]) -> None:
         # texts that would end up in a command line or a unit
         ('name: "a\\nb"', "name", "expected text in one line, found 'a\\nb'", None),
         ('mmproj: "a\\eb"', "mmproj", "expected text in one line, found 'a\\x1bb'", None),
-        ("served_model_name: a,b", "served_model_name", "expected a name without commas", "as a list in aliases"),
-        ("aliases: [a, 'b,c']", "aliases", "expected a name without commas, line breaks and outer blanks, found 'b,c'", "list"),
         ("aliases: [' ']", "aliases", "found ' '", "list"),
         # flags
         ("extra_args: {top_k: many}", "extra_args.top_k", "--top-k takes a whole number, found 'many'", "--help"),
@@ -250,6 +248,16 @@ def test_fault_has_place_words_and_hint(line: str, key: str, words: str, hint: s
     assert fault.recipe_id == "m"
     assert str(fault).startswith(f"r.yaml:3: {key}: ")
     assert str(fault).isprintable()
+
+
+@pytest.mark.parametrize(
+    "line", ["served_model_name: 'b,c'", "aliases: 'b,c'", "aliases: [a, 'b,c']", "extra_args: {alias: 'b,c'}"]
+)
+def test_names_with_commas_are_faults(line: str) -> None:
+    """llama-server reads a comma as the end of a name and answers under the alphabetically first."""
+    fault = refused(HEAD + line)
+    assert fault.message == "expected a name without commas, line breaks and outer blanks, found 'b,c'"
+    assert fault.hint == "give several names as a list in aliases: [a, b]"
 
 
 @pytest.mark.parametrize(
@@ -331,7 +339,7 @@ DENIED = (
 
 
 @pytest.mark.parametrize("flag", DENIED.split())
-def test_denied_flag_is_refused_with_its_reason(flag: str) -> None:
+def test_denied_flag_is_a_fault(flag: str) -> None:
     """What reads or writes other files, listens, connects or runs tools is not a recipe's to give."""
     for spelling in (flag, flag.replace("_", "-"), "--" + flag.replace("_", "-")):
         fault = refused(HEAD + f"extra_args:\n  {spelling}: x")
