@@ -23,6 +23,7 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    PlanVetted,
     Publish,
     Refuse,
     RequestArrived,
@@ -37,6 +38,7 @@ from llmstudiod.core.events import (
     UnitGone,
     UnitStarted,
     UnloadAsked,
+    VetPlan,
 )
 from llmstudiod.core.lifecycle import Failure, InstanceView, State
 from llmstudiod.core.reasons import explain_exit
@@ -254,6 +256,8 @@ class Supervisor:
             case SetTimer():
                 delay = max(0.0, action.at - self._clock())
                 asyncio.get_running_loop().call_later(delay, self._timer_fired, action)
+            case VetPlan():
+                _ = self.spawn(self._vet(action), f"check {action.model}")
             case StartUnit():
                 running = self._running[action.model] = _Running(action.run)
                 running.task = self.spawn(self._start(action.model, running), f"start {action.model}")
@@ -296,6 +300,17 @@ class Supervisor:
             logger.error("%s: internal error", task.get_name(), exc_info=bug)
 
     # Starting and stopping
+
+    async def _vet(self, action: VetPlan) -> None:
+        """Make the plan without carrying it out."""
+        failure: Failure | None = Failure("internal", "an internal error, see the daemon's log")
+        try:
+            await self._planner.plan(self._entry(action.model))
+            failure = None
+        except LlmstudioError as error:
+            failure = _failure_of(error)
+        finally:
+            self.post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure))
 
     async def _start(self, model: str, running: _Running) -> None:
         """Plan, start, wait until ready, then wait for the end: the whole life of one run."""

@@ -50,6 +50,16 @@ class UnloadAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanVetted:
+    """The check that `VetPlan` asked for is done; ``failure`` is what is wrong with this version of the recipe."""
+
+    at: float
+    model: str
+    recipe_hash: str
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
 class UnitStarted:
     """The launcher has the process running."""
 
@@ -126,6 +136,7 @@ Event = (
     RequestArrived
     | RequestEnded
     | UnloadAsked
+    | PlanVetted
     | UnitStarted
     | LoadProgressed
     | BecameReady
@@ -138,6 +149,14 @@ Event = (
 
 
 # Actions
+
+
+@dataclass(frozen=True, slots=True)
+class VetPlan:
+    """Check file, flags and binary of a model for which another one would have to go; ends in `PlanVetted`."""
+
+    model: str
+    recipe_hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,4 +217,4 @@ class Publish:
     model: str
 
 
-Action = StartUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish
+Action = VetPlan | StartUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish

@@ -123,6 +123,8 @@ class Instance:
     overtake_at: float = 0.0  # when the timer that was set last for its waiters runs out
     is_stale: bool = False
     is_removed: bool = False
+    is_vetted: bool = False  # its plan was found good, so that evicting for it is not in vain
+    is_being_vetted: bool = False
 
     @property
     def is_resident(self) -> bool:

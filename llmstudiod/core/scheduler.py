@@ -22,6 +22,7 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    PlanVetted,
     Publish,
     Refuse,
     RequestArrived,
@@ -37,6 +38,7 @@ from llmstudiod.core.events import (
     UnitGone,
     UnitStarted,
     UnloadAsked,
+    VetPlan,
 )
 from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Waiter, view
 from llmstudiod.errors import (
@@ -95,7 +97,7 @@ class Scheduler:
 
     # The one entrance
 
-    def handle(self, event: Event) -> list[Action]:
+    def handle(self, event: Event) -> list[Action]:  # noqa: C901 - one arm for each kind of event
         """Take one event, return what must be done about it."""
         actions: list[Action] = []
         self._actions = actions
@@ -106,6 +108,8 @@ class Scheduler:
                 self._end(event)
             case UnloadAsked():
                 self._unload(event)
+            case PlanVetted():
+                self._vetted(event)
             case UnitStarted():
                 self._of_run(event, self._started)
             case LoadProgressed():
@@ -203,6 +207,8 @@ class Scheduler:
     def _end(self, event: RequestEnded) -> None:
         if waiting_in := self._waiting_in.pop(event.ticket, None):
             del waiting_in.waiters[event.ticket]
+            if not waiting_in.waiters:
+                waiting_in.is_vetted = False  # the next who asks may come much later
             self._admit(waiting_in, event.at)
             return
         instance, run = self._flying_in.pop(event.ticket, (None, 0))
@@ -230,6 +236,7 @@ class Scheduler:
         instance.progress_at = at
         instance.stop_cause = None
         instance.is_stale = False
+        instance.is_vetted = False
         instance.yields_to = None
         instance.overtake_at = 0.0
         for other in self._instances.values():
@@ -415,6 +422,7 @@ class Scheduler:
                 self._set_idle_timer(instance, event.at)  # the daemon's default may have changed
             instance.is_removed = False
             if has_changed:
+                instance.is_vetted = False
                 self._outdate(instance, event.at)
         for model in [model for model in self._instances if model not in event.specs]:
             self._remove(self._instances[model], event.at)
@@ -464,11 +472,31 @@ class Scheduler:
         free = self._free_places(len(wanted))
         for instance in wanted[:free]:
             self._start(instance, at)
-        queue = wanted[free:]
+        queue = self._vetted_ones(wanted[free:])
         self._evict_unused(len(queue) - len(self._leaving(is_sure=True)), at)
         self._recall(len(self._leaving()) - len(queue), at)
         for instance in queue[len(self._leaving()) :]:
             self._wait_for_busy(instance, at)
+
+    def _vetted_ones(self, wanted: list[Instance]) -> list[Instance]:
+        """Return those for whom another may have to go; a recipe that cannot start must cost nobody anything."""
+        for instance in wanted:
+            if not instance.is_vetted and not instance.is_being_vetted:
+                instance.is_being_vetted = True
+                self._actions.append(VetPlan(instance.spec.id, instance.spec.recipe_hash))
+        return [instance for instance in wanted if instance.is_vetted]
+
+    def _vetted(self, event: PlanVetted) -> None:
+        instance = self._instances.get(event.model)
+        if instance is None:
+            return
+        instance.is_being_vetted = False
+        if instance.is_resident or instance.spec.recipe_hash != event.recipe_hash:
+            return  # it has found a place meanwhile, or is another recipe now, which is asked for anew
+        instance.is_vetted = event.failure is None
+        if event.failure is not None and instance.waiters:
+            self._fail(instance, event.at, event.failure)
+            self._refuse_waiters(instance, _failure_error(instance.spec.id, event.failure, was_serving=False))
 
     def _free_places(self, wanted: int) -> int:
         if not self.max_instances:

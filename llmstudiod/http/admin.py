@@ -329,6 +329,7 @@ def _fault(fault: Fault) -> dict[str, Any]:
         "file": fault.file,
         "line": fault.line,
         "key": fault.key,
+        "recipe_id": fault.recipe_id,
         "message": fault.message,
         "hint": fault.hint,
         "severity": str(fault.severity),

@@ -270,3 +270,13 @@ def test_daemon_says_what_it_does(daemon: Daemon) -> None:
     about_model = [line["MESSAGE"] for line in lines if re.match(r"tiny: ", line["MESSAGE"])]
     assert len(about_model) >= 4
     assert [line["MESSAGE"] for line in lines if int(line["PRIORITY"]) <= 4] == []
+
+
+def test_administration_survives_a_restart(daemon: Daemon) -> None:
+    """The admin socket's file is systemd's: neither a restart nor a stop of the service takes it away."""
+    daemon.listen()
+    assert "tiny" in daemon.ctl("list")
+    daemon.systemctl("restart", "llmstudiod")
+    assert "tiny" in daemon.ctl("list")
+    daemon.systemctl("stop", "llmstudiod")
+    assert "tiny" in daemon.ctl("list"), "the connection starts the service again"

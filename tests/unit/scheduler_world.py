@@ -20,6 +20,7 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    PlanVetted,
     Publish,
     Refuse,
     RequestArrived,
@@ -35,6 +36,7 @@ from llmstudiod.core.events import (
     UnitGone,
     UnitStarted,
     UnloadAsked,
+    VetPlan,
 )
 from llmstudiod.core.lifecycle import Failure, InstanceView, ModelSpec, State, StopCause, UpstreamFacts
 from llmstudiod.core.scheduler import Scheduler
@@ -79,6 +81,8 @@ class Script:
     load_s: float | None = 2.0
     stop_s: float = 1.0
     failure: Failure | None = None
+    vet_s: float = 0.0  # 0: the check is done before anything else happens
+    vet_failure: Failure | None = None
     facts: UpstreamFacts = field(default_factory=lambda: UpstreamFacts(n_parallel=2, n_ctx=1000))
 
 
@@ -96,6 +100,8 @@ class World:
     specs: dict[str, ModelSpec] = field(default_factory=dict)
     scheduler: Scheduler = field(init=False)
     _is_shutting_down: bool = False
+    _vetted: list[PlanVetted] = field(default_factory=list)
+    _being_vetted: set[str] = field(default_factory=set)
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
@@ -233,8 +239,13 @@ class World:
             self._forget(event.model, event.run, UnitStarted, BecameReady, UnitFailed)
         if isinstance(event, UnitGone):
             self._forget(event.model, event.run, UnitStarted, BecameReady, UnitFailed, UnitGone)
+        if isinstance(event, PlanVetted):
+            self._being_vetted.discard(event.model)
         for action in self.scheduler.handle(event):
             self._perform(action)
+        while self._vetted:
+            for action in self.scheduler.handle(self._vetted.pop(0)):
+                self._perform(action)
         self._is_shutting_down |= isinstance(event, ShutdownAsked)
         self._check_tickets()
         self._check_room()
@@ -262,6 +273,15 @@ class World:
 
     def _perform(self, action: Action) -> None:
         match action:
+            case VetPlan():
+                script = self.script(action.model)
+                at = self.now + script.vet_s
+                vetted = PlanVetted(at, action.model, action.recipe_hash, script.vet_failure)
+                if script.vet_s:
+                    self._being_vetted.add(action.model)
+                    self._at(vetted)
+                else:
+                    self._vetted.append(vetted)
             case StartUnit():
                 self._start(action)
             case StopUnit():
@@ -357,6 +377,7 @@ class World:
         if wanted:
             assert self.max_instances, f"{wanted} wait though there is no limit"
             assert len(residents) >= self.max_instances, f"{wanted} wait beside a free place"
+        wanted = [view for view in wanted if view.id not in self._being_vetted]  # nobody goes for them yet
         if len(wanted) > len(leaving):
             unused = [view.id for view in staying if not view.in_flight and not view.queued]
             assert not unused, f"{wanted} wait beside {unused}"

@@ -50,6 +50,10 @@ a_script = st.sampled_from(
         {"load_s": 10.0},
         {"stop_s": 0.0},
         {"stop_s": 10.0},
+        {"vet_s": 0.0},
+        {"vet_s": 1.0},
+        {"vet_failure": FAILURE},
+        {"vet_failure": None},
     )
 )
 asks = st.tuples(st.just("ask"), a_model, st.sampled_from((None, 100, 700)))

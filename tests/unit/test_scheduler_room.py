@@ -10,7 +10,7 @@ from llmstudiod.core.scheduler import OVERTAKE_S
 from llmstudiod.errors import (
     UnavailableError,
 )
-from tests.unit.scheduler_world import LOAD_S, Place, World, one_of, ready, spec, world_of
+from tests.unit.scheduler_world import LOAD_S, OOM, Place, World, one_of, ready, spec, world_of
 
 # Room
 
@@ -327,3 +327,48 @@ def test_new_idle_timeout_holds_for_running_models() -> None:
     world.use(spec("a", idle_timeout_s=60.0))
     world.advance(60.0)
     assert world.state("a") is State.STOPPING
+
+
+def test_recipe_that_cannot_start_evicts_nobody() -> None:
+    """File, flags and binary are checked before anybody has to go; then the model backs off as after a failed load."""
+    world = ready(one_of("a", "b"), "a")
+    world.script("b").vet_failure = OOM
+    refused = world.ask("b")
+    assert "the GPU's memory is too small" in world.error(refused).message
+    assert world.state("a") is State.READY
+    assert world.state("b") is State.FAILED
+    assert world.error(world.ask("b")).kind == "backing_off"
+    assert world.stops == []
+
+
+def test_nobody_goes_while_the_check_lasts() -> None:
+    """An answer that is still to come may be a bad one."""
+    world = ready(one_of("a", "b"), "a")
+    world.script("b").vet_s = 5.0
+    waiting = world.ask("b")
+    world.advance(4.9)
+    assert world.state("a") is State.READY
+    world.advance(0.2 + 1.0 + LOAD_S)
+    assert world.place(waiting) is Place.IN_FLIGHT
+
+
+def test_check_of_an_older_recipe_does_not_count() -> None:
+    """A recipe that changes while it is checked is checked again."""
+    world = ready(one_of("a", "b"), "a")
+    world.script("b").vet_s, world.script("b").vet_failure = 5.0, OOM
+    waiting = world.ask("b")
+    world.advance(1.0)
+    world.script("b").vet_s, world.script("b").vet_failure = 0.0, None
+    world.use(spec("a"), spec("b", recipe_hash="2"))
+    world.advance(5.0 + 1.0 + LOAD_S)
+    assert world.place(waiting) is Place.IN_FLIGHT
+
+
+def test_place_that_falls_free_meanwhile_is_taken_at_once() -> None:
+    """With a place of its own nobody has to go, so nothing needs to be checked before the start."""
+    world = ready(one_of("a", "b"), "a")
+    world.script("b").vet_s = 50.0
+    waiting = world.ask("b")
+    world.unload("a")
+    world.advance(1.0 + LOAD_S)
+    assert world.place(waiting) is Place.IN_FLIGHT
