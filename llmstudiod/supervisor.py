@@ -162,9 +162,9 @@ class Supervisor:
         specs = {model: model_spec(entry.recipe, defaults) for model, entry in catalogue.entries.items()}
         self.post(SpecsChanged(self._clock(), specs))
 
-    def ready_run(self, model: str, *, cost_tokens: int | None) -> int | None:
+    def ready_run(self, model: str) -> int | None:
         """Return the run on which `ask` would be granted at this moment, or None when it would have to wait."""
-        return self._scheduler.ready_run(model, cost_tokens=cost_tokens)
+        return self._scheduler.ready_run(model)
 
     def ask(self, model: str, *, cost_tokens: int | None = None, is_load: bool = False) -> Ticket:
         """Ask for a place; the ticket may be settled on return. Whoever asks must `end` it, whatever happens."""

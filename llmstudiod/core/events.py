@@ -1,8 +1,12 @@
-"""The scheduler's language: events that go in, actions that come out. All frozen; time arrives inside events."""
+"""The scheduler's language: events that go in, actions that come out. All frozen; time arrives inside events.
+
+Those that come with every request are named tuples, which are made in a third of the time of a frozen dataclass.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from llmstudiod.core.lifecycle import Failure, ModelSpec, UpstreamFacts
 from llmstudiod.errors import LlmstudioError
@@ -20,8 +24,7 @@ class Timer(StrEnum):
 # Events
 
 
-@dataclass(frozen=True, slots=True)
-class RequestArrived:
+class RequestArrived(NamedTuple):
     """A request wants the model, or (``is_load``) an operator wants it ready."""
 
     at: float
@@ -31,8 +34,7 @@ class RequestArrived:
     is_load: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RequestEnded:
+class RequestEnded(NamedTuple):
     """The exchange is over, however it ended, or its client left while it waited."""
 
     at: float
@@ -176,8 +178,7 @@ class StopUnit:
     is_forced: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """The request may go to the upstream of this run; it is in flight from now on."""
 
     ticket: int

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 STORY_LENGTH = 64
 
@@ -87,8 +88,7 @@ class UpstreamFacts:
     n_ctx: int
 
 
-@dataclass(frozen=True, slots=True)
-class Waiter:
+class Waiter(NamedTuple):
     """A request, or a manual load, that waits for an instance."""
 
     ticket: int

@@ -70,6 +70,7 @@ class Scheduler:
         self._waiting_in: dict[int, Instance] = {}
         self._flying_in: dict[int, tuple[Instance, int]] = {}
         self._last_run = 0
+        self._n_draining = 0
         self._is_shutting_down = False
         self._actions: list[Action] = []
 
@@ -88,12 +89,12 @@ class Scheduler:
         """Whether no instance holds a process."""
         return not any(instance.is_resident for instance in self._instances.values())
 
-    def ready_run(self, model: str, *, cost_tokens: int | None) -> int | None:
+    def ready_run(self, model: str) -> int | None:
         """Return the run that would be granted to a request arriving now, or None when it would not be granted."""
         instance = self._instances.get(model)
         if instance is None or instance.state is not State.READY or instance.waiters or self._is_shutting_down:
             return None
-        return instance.run if not instance.is_removed and instance.has_room_for(cost_tokens) else None
+        return instance.run if not instance.is_removed and instance.has_room_for(None) else None
 
     # The one entrance
 
@@ -129,7 +130,9 @@ class Scheduler:
             case _:
                 assert_never(event)
         # Whatever happened may have made a wish, a place or an idle instance; asking again changes nothing.
-        self._make_room(event.at)
+        # Nearly always nobody waits and nobody drains, and this is asked twice for each request.
+        if self._waiting_in or self._n_draining:
+            self._make_room(event.at)
         return actions
 
     def _of_run(self, event: OfRun, handler: Callable[[Instance, OfRun], None]) -> None:
@@ -148,6 +151,10 @@ class Scheduler:
         assert instance is not None
         if not instance.waiters and not instance.is_resident:
             instance.yields_to = None  # for whom it once made room is long past
+        may_pass = instance.state is State.READY and not instance.waiters and not event.is_load
+        if may_pass and instance.has_room_for(event.cost_tokens):
+            self._grant(instance, event.ticket, event.cost_tokens, event.at)
+            return
         waiter = Waiter(event.ticket, event.at, event.cost_tokens, event.is_load)
         instance.waiters[event.ticket] = waiter
         self._waiting_in[event.ticket] = instance
@@ -195,10 +202,13 @@ class Scheduler:
             if not instance.has_room_for(waiter.cost_tokens):
                 return
             self._leave_queue(instance, waiter)
-            instance.in_flight[waiter.ticket] = waiter.cost_tokens
-            instance.last_used = at
-            self._flying_in[waiter.ticket] = (instance, instance.run)
-            self._actions.append(Grant(waiter.ticket, instance.spec.id, instance.run))
+            self._grant(instance, waiter.ticket, waiter.cost_tokens, at)
+
+    def _grant(self, instance: Instance, ticket: int, cost_tokens: int | None, at: float) -> None:
+        instance.in_flight[ticket] = cost_tokens
+        instance.last_used = at
+        self._flying_in[ticket] = (instance, instance.run)
+        self._actions.append(Grant(ticket, instance.spec.id, instance.run))
 
     def _leave_queue(self, instance: Instance, waiter: Waiter) -> None:
         del instance.waiters[waiter.ticket]
@@ -337,6 +347,7 @@ class Scheduler:
         instance.unload_tickets.clear()
 
     def _move(self, instance: Instance, new: State, at: float, cause: str) -> None:
+        self._n_draining += (new is State.DRAINING) - (instance.state is State.DRAINING)
         instance.move(new, at=at, cause=cause)
         self._actions.append(Publish(instance.spec.id))
 
@@ -467,7 +478,7 @@ class Scheduler:
             return
         wanted = [instance for instance in self._instances.values() if instance.waiters and not instance.is_resident]
         if not wanted and not any(map(_can_be_recalled, self._instances.values())):
-            return  # nearly always; this is asked twice for each request
+            return
         wanted.sort(key=_admission_order)
         free = self._free_places(len(wanted))
         for instance in wanted[:free]:

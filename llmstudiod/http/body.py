@@ -6,9 +6,9 @@ of MB) are scanned at their top level only: parsing would hold them twice and bl
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from llmstudiod.errors import BadRequestError
 
@@ -24,18 +24,19 @@ _SCALAR = re.compile(rb"-?[0-9.eE+-]+|true|false|null")
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _MEDIA = (b"image_url", b"input_audio", b'"image"', b"multimodal_data")
 _WANTED = frozenset({"model", "stream", "max_tokens", "max_completion_tokens", "n_predict", "n", "n_cmpl"})
+_ONE = (None, 1)
 _LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
+_decode_text = json.JSONDecoder().decode
 _PART_HEADER = re.compile(rb"\r\nContent-Disposition:([^\r\n]*)\r\n", re.IGNORECASE)
 _NAMES_MODEL = re.compile(rb';[ \t]*name="?model"?[ \t]*(?:;|$)', re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
-    """What was read off a body. ``cost_tokens`` bounds the context it may use; None: all that a slot has."""
+class RequestFacts(NamedTuple):
+    """What was read off a body; ``values`` holds what `cost_tokens` needs of it."""
 
     model: str | None
     is_stream: bool = False
-    cost_tokens: int | None = None
+    values: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_json_facts(body: Bytes, *, parse_up_to: int = PARSE_UP_TO) -> RequestFacts:
@@ -48,7 +49,7 @@ def read_json_facts(body: Bytes, *, parse_up_to: int = PARSE_UP_TO) -> RequestFa
     model = values.get("model")
     if model is not None and not isinstance(model, str):
         raise BadRequestError(f"model: expected the name of a model, found {json.dumps(model)[:80]}")
-    return RequestFacts(model or None, values.get("stream") is True, _cost(values, body))
+    return RequestFacts(model or None, values.get("stream") is True, values)
 
 
 def read_multipart_facts(body: Bytes) -> RequestFacts:
@@ -63,22 +64,31 @@ def read_multipart_facts(body: Bytes) -> RequestFacts:
     return RequestFacts(body[start + 4 : end].decode(errors="replace").strip() or None)
 
 
-def _cost(values: dict[str, Any], body: Bytes) -> int | None:
-    """Return an upper bound: a token stands for at least one byte of the body, and for each one generated.
+def cost_tokens(facts: RequestFacts, body: Bytes) -> int | None:
+    """Return a bound on the context that the request may use, or None: all that a slot has.
+
+    A token stands for at least one byte of the body, and for each one generated.
 
     What the chat template adds is in no body, hence the allowance; what an image or a sound becomes, nobody can tell.
     """
-    limits = [values[name] for name in _LIMITS if isinstance(values.get(name), int)]
-    if not limits or min(limits) < 0 or any(values.get(name) not in (None, 1) for name in ("n", "n_cmpl")):
+    get = facts.values.get
+    limit = -1
+    for name in _LIMITS:
+        value = get(name)
+        if isinstance(value, int):
+            if value < 0:
+                return None
+            limit = max(limit, value)
+    if limit < 0 or get("n") not in _ONE or get("n_cmpl") not in _ONE or len(body) > PARSE_UP_TO:
         return None
     if any(word in body for word in _MEDIA):
         return None
-    return TEMPLATE_TOKENS + len(body) + int(max(limits))
+    return TEMPLATE_TOKENS + len(body) + limit
 
 
 def _parse(body: Bytes) -> dict[str, Any]:
     try:
-        values = json.loads(body)
+        values = _decode_text(str(body, "utf-8"))
     except json.JSONDecodeError as error:
         raise BadRequestError(
             f"the body is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}",

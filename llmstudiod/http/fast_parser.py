@@ -5,9 +5,11 @@ so a request is read by one parser or by the other, and both must agree on where
 Source: RFC 9112, sections 3 to 6.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 MAX_HEAD_BYTES = 8 << 10
 MAX_BODY_BYTES = 256 << 10
@@ -21,12 +23,19 @@ class Verdict(Enum):
     UNSURE = "the full parser must see this and all that follows"
 
 
-@dataclass(frozen=True, slots=True)
-class FastRequest:
-    """A POST: its path, its headers as they came, and where its body begins."""
+@dataclass(frozen=True, slots=True, eq=False)
+class FastHead:
+    """The head of a POST: its path, its headers as they came, and its body's length. One object for equal heads."""
 
     path: str
     headers: tuple[tuple[bytes, bytes], ...]
+    length: int
+
+
+class FastRequest(NamedTuple):
+    """A POST: its head, and where its body begins."""
+
+    head: FastHead
     body_start: int
 
 
@@ -51,17 +60,26 @@ def parse_request(data: bytes) -> FastRequest | Verdict:
         # A line that ends otherwise than in CRLF might be the end of the head for another reader.
         is_plain = len(data) < MAX_HEAD_BYTES and not _BARE_LINE_FEED.search(data)
         return Verdict.MORE if is_plain else Verdict.UNSURE
-    match = _HEAD.fullmatch(data, 0, end)
-    if match is None:
+    head = _read_head(data[:end])
+    if head is None:
         return Verdict.UNSURE
+    missing = end + 4 + head.length - len(data)
+    if missing:
+        return Verdict.MORE if missing > 0 else Verdict.UNSURE
+    return FastRequest(head, end + 4)
+
+
+@functools.lru_cache(maxsize=512)
+def _read_head(raw: bytes) -> FastHead | None:
+    """Return the head, or None for anything unusual. A client's heads are mostly the same, so they are remembered."""
+    match = _HEAD.fullmatch(raw)
+    if match is None:
+        return None
     headers = _HEADER.findall(match[2])
     length = _content_length(headers)
     if length is None or length > MAX_BODY_BYTES:
-        return Verdict.UNSURE
-    missing = end + 4 + length - len(data)
-    if missing:
-        return Verdict.MORE if missing > 0 else Verdict.UNSURE
-    return FastRequest(match[1].decode("ascii"), tuple(headers), end + 4)
+        return None
+    return FastHead(match[1].decode("ascii"), tuple(headers), length)
 
 
 def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
@@ -70,6 +88,8 @@ def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
     if len(values) != len(headers) or not _UNUSUAL.isdisjoint(values) or b"host" not in values:
         return None
     if values.get(b"connection", b"keep-alive").lower() != b"keep-alive":
+        return None
+    if b"multipart" in values.get(b"content-type", b"").lower():
         return None
     length = values.get(b"content-length", b"")
     return int(length) if _LENGTH.fullmatch(length) else None

@@ -5,11 +5,12 @@ simple (the model must be loaded or has no free slot, an error, a connection to 
 very same bytes are given to aiohttp's parser, and nothing has happened yet.
 """
 
+import functools
 from typing import Protocol
 
 from llmstudiod.errors import LlmstudioError
 from llmstudiod.http.body import read_json_facts
-from llmstudiod.http.fast_parser import FastRequest
+from llmstudiod.http.fast_parser import FastHead, FastRequest
 from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head
 from llmstudiod.supervisor import Supervisor, Ticket
 
@@ -37,24 +38,26 @@ class FastPath:
 
     def start(self, client: FastClient, request: FastRequest, data: bytes) -> "FastExchange | None":
         """Begin to serve ``request``, or return None and leave no trace."""
-        if request.path not in self._paths:
-            return None
-        if any(name.lower() == b"content-type" and b"multipart" in value.lower() for name, value in request.headers):
+        head = request.head
+        if head.path not in self._paths:
             return None
         body = data[request.body_start :]
+        catalogue = self._supervisor.catalogue
         try:
             facts = read_json_facts(body)
-            model = self._supervisor.catalogue.resolve(facts.model)
+            model = catalogue.resolve(facts.model)
         except LlmstudioError:
             return None  # the usual way finds it again, and words it
-        run = self._supervisor.ready_run(model, cost_tokens=facts.cost_tokens)
+        if catalogue.entries[model].recipe.kv_unified:
+            return None  # what it may take of the pool must be counted first
+        run = self._supervisor.ready_run(model)
         pool = self._pools.get(model, run) if run is not None else None
         connection = pool.take_idle() if pool is not None else None
         if pool is None or connection is None:
             return None
-        ticket = self._supervisor.ask(model, cost_tokens=facts.cost_tokens)
+        ticket = self._supervisor.ask(model)
         assert ticket.is_settled
-        exchange = FastExchange(self._supervisor, client, ticket, request.path)
+        exchange = FastExchange(self._supervisor, client, ticket, head.path)
         relay = Exchange(
             pool,
             client.write,
@@ -65,8 +68,13 @@ class FastPath:
             on_done=exchange.relayed,
         )
         exchange.relay = relay
-        relay.start_on(connection, request_head("POST", request.path, request.headers, len(body)) + body)
+        relay.start_on(connection, _upstream_head(head) + body)
         return exchange
+
+
+@functools.lru_cache(maxsize=512)
+def _upstream_head(head: FastHead) -> bytes:
+    return request_head("POST", head.path, head.headers, head.length)
 
 
 class FastExchange:

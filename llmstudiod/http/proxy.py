@@ -27,7 +27,7 @@ from llmstudiod.errors import (
 )
 from llmstudiod.http import tokens
 from llmstudiod.http.answers import error_event, error_response, raw_error
-from llmstudiod.http.body import RequestFacts, read_json_facts, read_multipart_facts
+from llmstudiod.http.body import RequestFacts, cost_tokens, read_json_facts, read_multipart_facts
 from llmstudiod.http.client import ClientConnection, ClientStream, Relayed, read_body
 from llmstudiod.http.fast_path import FastExchange
 from llmstudiod.http.listing import Listing
@@ -123,7 +123,7 @@ class Proxy:
         facts = read_multipart_facts(body) if is_multipart else read_json_facts(body)
         if facts.model is None and "?" in request.raw_path:
             names = parse_qs(request.raw_path.partition("?")[2]).get("model")
-            facts = RequestFacts(names[-1] if names else None, facts.is_stream, facts.cost_tokens)
+            facts = facts._replace(model=names[-1] if names else None)
         return await self._forward(request, request.raw_path, facts, body)
 
     async def _forward_upstream(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -163,7 +163,7 @@ class Proxy:
         path = request.raw_path.partition("?")[0]
         model = self._supervisor.catalogue.resolve(facts.model)
         client = ClientStream.of(request)
-        ticket = self._supervisor.ask(model, cost_tokens=facts.cost_tokens)
+        ticket = self._supervisor.ask(model, cost_tokens=self._cost(model, facts, body))
         try:
             if not ticket.is_settled:
                 await self._wait(ticket, client, is_stream=facts.is_stream)
@@ -173,6 +173,11 @@ class Proxy:
         finally:
             client.attach(None)
             self._supervisor.end(ticket)
+
+    def _cost(self, model: str, facts: RequestFacts, body: bytes | bytearray) -> int | None:
+        """Return what the request may take of a pool that all slots share; without such a pool nobody asks."""
+        is_shared = self._supervisor.catalogue.entries[model].recipe.kv_unified
+        return cost_tokens(facts, body) if is_shared else None
 
     async def _wait(self, ticket: Ticket, client: ClientStream, *, is_stream: bool) -> None:
         """Wait for the place; a client that reads a stream is told every few seconds that it is not forgotten."""

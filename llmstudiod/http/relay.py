@@ -120,6 +120,7 @@ class Pool:
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
         self.is_closed = False
+        self._laying: asyncio.Task[None] | None = None
 
     def take_idle(self) -> Connection | None:
         """Return a connection that is surely still open on the other side, the most recently used first."""
@@ -148,9 +149,23 @@ class Pool:
         """Keep a connection for the next request, unless it has served its time."""
         if self.is_closed or connection.uses >= USES_LIMIT:
             connection.abort()
+            self._lay_ready()
             return
         connection.idle_since = self._time()
         self._idle.append(connection)
+
+    def _lay_ready(self) -> None:
+        """Open a connection in the place of one that has served its time, so that no request has to wait for it."""
+        if not self.is_closed and self._laying is None:
+            self._laying = asyncio.get_running_loop().create_task(self._lay())
+
+    async def _lay(self) -> None:
+        try:
+            self.give_back(await self.connect())
+        except OSError:
+            pass  # the next request finds out why
+        finally:
+            self._laying = None
 
     def drop_idle(self) -> None:
         """Close what is not in use."""
@@ -166,6 +181,8 @@ class Pool:
     def close(self) -> None:
         """Cut everything; llama-server does not obey SIGTERM while a request is pending."""
         self.is_closed = True
+        if self._laying is not None:
+            self._laying.cancel()
         for connection in list(self._all):
             connection.abort()
 
@@ -330,7 +347,9 @@ class Exchange:
                 if len(self._buffer) > MAX_HEAD_BYTES:
                     raise FramingError("the head is too long")
                 return
-            head = _parse_head(self._buffer[:end], self.is_head_request)
+            head, client_head = _read_head(
+                self._buffer[:end], self.is_head_request, self.client_is_http11, self.is_last
+            )
             rest, self._buffer = self._buffer[end + 4 :], b""
             if head.status >= 200:
                 break
@@ -338,15 +357,12 @@ class Exchange:
         self.head = head
         self._left = head.length
         self._watcher = ChunkWatcher() if head.body is Body.CHUNKED else None
-        is_stream = head.status == 200 and head.get(b"content-type").startswith(b"text/event-stream")
-        if self.is_begun and not is_stream:
-            self.collected = bytearray()
-        if head.body is Body.CLOSE or (head.body is Body.CHUNKED and not self.client_is_http11):
-            self.is_last = True
-        self._take_body(b"" if self.is_begun else self._client_head(head), rest)
-
-    def _client_head(self, head: ResponseHead) -> bytes:
-        return _client_head(head, self.client_is_http11, self.is_last)
+        if self.is_begun:
+            is_stream = head.status == 200 and head.get(b"content-type").startswith(b"text/event-stream")
+            self.collected = None if is_stream else bytearray()
+            client_head = b""
+        self.is_last = self.is_last or _ends_with_connection(head, self.client_is_http11)
+        self._take_body(client_head, rest)
 
     def _take_body(self, head: bytes, data: bytes) -> None:
         """Relay a piece of the body (after ``head``, in the same write) and see whether it was the last."""
@@ -439,18 +455,19 @@ class Exchange:
                 transport.resume_reading()
 
 
-@functools.lru_cache(maxsize=256)
-def _parse_head(head: bytes, is_head_request: bool) -> ResponseHead:  # noqa: FBT001 - the cache wants positions
-    """Parse a response's head; all streams of a model have the same one, so it is remembered."""
-    return parse_head(head, is_head_request=is_head_request)
+@functools.lru_cache(maxsize=512)
+def _read_head(
+    raw: bytes,
+    is_head_request: bool,  # noqa: FBT001 - the cache wants positions
+    is_http11: bool,  # noqa: FBT001
+    is_last: bool,  # noqa: FBT001
+) -> tuple[ResponseHead, bytes]:
+    """Return a response's head and the one for the client. All streams of a model have the same: it is remembered.
 
-
-@functools.lru_cache(maxsize=256)
-def _client_head(head: ResponseHead, is_http11: bool, is_last: bool) -> bytes:  # noqa: FBT001 - see above
-    """Return the head for the client: what concerns only our own connection to the upstream is left out.
-
-    llama-server reflects any Origin with credentials, which would let any web page read the answers.
+    What concerns only our own connection to the upstream is left out. llama-server reflects any Origin with
+    credentials, which would let any web page read the answers.
     """
+    head = parse_head(raw, is_head_request=is_head_request)
     lines = [b"HTTP/1.1 %d %s" % (head.status, head.reason)]
     lines += [
         name + b": " + value
@@ -461,11 +478,16 @@ def _client_head(head: ResponseHead, is_http11: bool, is_last: bool) -> bytes:  
         lines.append(b"transfer-encoding: chunked")
     elif (length := head.get(b"content-length")) and head.status != 204:
         lines.append(b"content-length: " + length)
-    if is_last:
+    if is_last or _ends_with_connection(head, is_http11):
         lines.append(b"connection: close")
     elif not is_http11:
         lines.append(b"connection: keep-alive")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return head, b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def _ends_with_connection(head: ResponseHead, is_http11: bool) -> bool:  # noqa: FBT001
+    """Whether only the end of the connection can tell the client where the body ends."""
+    return head.body is Body.CLOSE or (head.body is Body.CHUNKED and not is_http11)
 
 
 def request_head(method: str, target: str, headers: Iterable[tuple[bytes, bytes]], length: int | None) -> bytes:

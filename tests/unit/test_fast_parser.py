@@ -38,7 +38,7 @@ def check(data: bytes) -> None:
     """Hold that whatever the strict parser says of ``data`` is also what aiohttp says."""
     verdict = parse_request(data)
     if isinstance(verdict, FastRequest):
-        assert read_by_aiohttp(data) == [("POST", verdict.path, data[verdict.body_start :], True)]
+        assert read_by_aiohttp(data) == [("POST", verdict.head.path, data[verdict.body_start :], True)]
     elif verdict is Verdict.WHOLE:
         messages = read_by_aiohttp(data)
         assert messages is not None
@@ -50,9 +50,9 @@ def test_simple_post_is_taken() -> None:
     """A whole POST with a content-length is what this parser is for."""
     request = parse_request(SIMPLE)
     assert isinstance(request, FastRequest)
-    assert request.path == "/v1/chat/completions"
+    assert request.head.path == "/v1/chat/completions"
     assert SIMPLE[request.body_start :] == BODY
-    assert dict(request.headers)[b"Content-Type"] == b"application/json"
+    assert dict(request.head.headers)[b"Content-Type"] == b"application/json"
     check(SIMPLE)
 
 
@@ -79,6 +79,7 @@ UNUSUAL = {
     "bare carriage return": SIMPLE.replace(b"8080", b"80\r80"),
     "a NUL": SIMPLE.replace(b"8080", b"80\x0080"),
     "expects 100": SIMPLE.replace(b"Host", b"Expect: 100-continue\r\nHost"),
+    "multipart": SIMPLE.replace(b"application/json", b"multipart/form-data; boundary=x"),
     "compressed": SIMPLE.replace(b"Host", b"Content-Encoding: gzip\r\nHost"),
     "upgrade": SIMPLE.replace(b"Host", b"Upgrade: websocket\r\nHost"),
     "wants to close": SIMPLE.replace(b"Host", b"Connection: close\r\nHost"),
