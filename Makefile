@@ -5,16 +5,29 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .PHONY: help demo run test lint types unit system bench clean
+SHELL := /bin/sh
 
 help:           ## tell what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+# need(package, what Python can do where it is installed): a Debian package that a minimal system lacks. Root gets it
+# installed, everybody else is told.
+define need
+$(PYTHON) -c '$(2)' 2>/dev/null || { \
+  echo "$(1) is missing on this machine"; \
+  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+    echo "installing it: apt-get install $(1)"; \
+    { apt-get install -y -qq $(1) || { apt-get update -qq && apt-get install -y -qq $(1); }; } >/dev/null; \
+  else echo "install it first; on Debian: sudo apt install $(1)" >&2; exit 1; fi; }
+endef
 
 # One stamp for what is installed: made again when the project's requirements change.
 $(VENV)/stamp-run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed: make PYTHON=python3.12 …" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-	  { echo "cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(call need,python3-venv,import ensurepip)
+	@$(call need,libgomp1,import ctypes; ctypes.CDLL("libgomp.so.1"))
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing llmstudiod with its embedded engine into $(VENV) (some 150 MB, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,demo]'
 	@touch $@

@@ -147,7 +147,9 @@ def explain_exit(
         return Failure("killed", f"it was ended by signal {signal}", "somebody stopped it by hand", told)
     if code == 0:
         return Failure("exited", "it ended by itself without an error", "see its last lines", told)
-    return Failure("load_failed", f"it ended with exit code {code}", "see its last lines", told)
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = f": {last[:300]}" if last else ""
+    return Failure("load_failed", f"it ended with exit code {code}{said}", "see its last lines", told)
 
 
 def _error_text(line: str) -> str | None:

@@ -170,6 +170,7 @@ def _chat(port: int) -> tuple[float, int, float]:
     response = connection.getresponse()
     if response.status != 200:
         error = json.loads(response.read())["error"]
+        print("\n".join(f"  | {line}" for line in ["", *error.get("lines", [])[-10:]]), file=sys.stderr)
         raise LlmstudioError(str(error["message"]), hint=error.get("hint"))
     first_s, pieces = 0.0, 0
     for raw in response:

@@ -43,6 +43,12 @@ def main(arguments: list[str]) -> int:
             return _print(_HELP + "\n".join(f"  {name}" for name in accepted_flags()))
 
 
+def _cannot_load(error: ImportError) -> str:
+    """Return why the package is there and of no use; a minimal system lacks GCC's OpenMP library."""
+    step = ": on Debian, apt install libgomp1" if "libgomp" in str(error) else ""
+    return f"error: the package xllamacpp cannot be loaded: {error}{step}"
+
+
 def _print_version() -> int:
     from importlib import metadata  # here, since it takes a third of the time of a start
 
@@ -58,8 +64,10 @@ def _serve(settings: Settings) -> int:
         return _fail("error: no model: give its GGUF file with -m FILE")
     try:
         import xllamacpp  # here, since it is 100 MB and not needed to check a command line
-    except ImportError:
+    except ModuleNotFoundError:
         return _fail(_MISSING)
+    except ImportError as error:
+        return _fail(_cannot_load(error))
     # As llama-server: a key on the command line would be readable in /proc.
     if key := os.environ.get("LLAMA_API_KEY"):
         settings.setdefault("api_keys", key.split(","))
