@@ -17,7 +17,7 @@ $(PYTHON) -c '$(2)' 2>/dev/null || { \
   echo "$(1) is missing on this machine"; \
   if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
     echo "installing it: apt-get install $(1)"; \
-    { apt-get install -y -qq $(1) || { apt-get update -qq && apt-get install -y -qq $(1); }; } >/dev/null; \
+    export DEBIAN_FRONTEND=noninteractive; { apt-get install -y -qq $(1) || { apt-get update -qq && apt-get install -y -qq $(1); }; } >/dev/null 2>&1 || exit 1; \
   else echo "install it first; on Debian: sudo apt install $(1)" >&2; exit 1; fi; }
 endef
 
