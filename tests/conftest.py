@@ -1,0 +1,17 @@
+"""What could not be run on this machine, in one line for each reason."""
+
+from collections import Counter
+
+import pytest
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Group skipped tests by directory and reason: eighty lines that say the same hide the one that does not."""
+    reasons: Counter[tuple[str, str]] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "?"
+        reasons[report.nodeid.rpartition("/")[0], reason] += 1
+    if reasons:
+        terminalreporter.write_sep("-", "not run on this machine")
+    for (directory, reason), count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count:4} of {directory}: {reason}")
