@@ -28,7 +28,7 @@ $(VENV)/stamp-run: pyproject.toml
 	@$(call need,python3-venv,import ensurepip)
 	@$(call need,libgomp1,import ctypes; ctypes.CDLL("libgomp.so.1"))
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing llmstudiod with its embedded engine into $(VENV) (some 150 MB, once)"
+	@echo "installing llmstudiod with its embedded engine into $(VENV) (some 250 MB, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[engine,demo]'
 	@touch $@
 

@@ -134,12 +134,29 @@ class _RecipeReader:
         if not self._has_fault():
             self._check_words()
             self._check_renamed()
-        recipe = None if self._has_fault() else self._validated()
+        recipe = None
+        if self._has_fault():
+            self._validate_the_rest()
+        else:
+            recipe = self._validated()
         if recipe is None:
             self._name_faults(default_id)
             return None
         warnings = tuple(replace(note, recipe_id=recipe.id) for note in self.notes)
         return RecipeEntry(recipe, self.document.file, self.document.line(self.path), warnings)
+
+    def _validate_the_rest(self) -> None:
+        """Look for faults in what had none so far: people mend a file once, not fault by fault."""
+        faulty = {note.key.partition(".")[0] for note in self.notes if note.key and note.severity is Severity.FAULT}
+        rest = {name: value for name, value in self.values.items() if not {name, self._spelled(name)} & faulty}
+        whole, self.values = self.values, {"id": "x", "model_path": "/x"} | rest
+        self._validated()
+        self.values = whole
+
+    def _spelled(self, name: str) -> str:
+        """Return how the file spells a field, which is how its faults are keyed."""
+        place = self.origins.get(name, ())[len(self.path) :]
+        return str(place[0]) if place else name
 
     def _name_faults(self, default_id: str | None) -> None:
         """Name the recipe in its faults: whoever asks for the model by its id finds the reason."""
@@ -264,12 +281,12 @@ class _RecipeReader:
     def _unknown(self, key: str, place: Path_) -> None:
         close = difflib.get_close_matches(key, [*_FIELDS, *ALIASES], n=1)
         flag = find_flag(key)
-        if flag is not None:
-            hint = f"a flag of llama-server belongs under extra_args: {{{key}: …}}"
-        elif close:
+        if close:
             hint = f"did you mean {close[0]}?"
+        elif flag is not None:
+            hint = f"a flag of llama-server belongs under extra_args: {{{key}: …}}"
         else:
-            hint = "llmstudio-recipe(5) lists the fields"
+            hint = "the README and the example recipe tell the fields"
         self._warn(place, "there is no such field, it has no effect", hint=hint)
 
     # All keys together

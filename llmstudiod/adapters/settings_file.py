@@ -148,7 +148,7 @@ def _unknown(name: str, document: Document) -> Fault:
             "has no effect in this version", document.file, document.line((name,)), key=name, severity=Severity.WARNING
         )
     close = difflib.get_close_matches(name, _NAMES, n=1)
-    hint = f"did you mean {close[0]}?" if close else "llmstudiod.yaml(5) lists the settings"
+    hint = f"did you mean {close[0]}?" if close else "the comments in the installed llmstudiod.yaml list the settings"
     return Fault(
         "there is no such setting, it has no effect", document.file, document.line((name,)), key=name, hint=hint
     )

@@ -21,6 +21,10 @@ class Catalogue:
     faults: tuple[Fault, ...] = ()
     default_id: str | None = None
 
+    def faulty(self) -> frozenset[str]:
+        """Return the ids, or files, of the recipes that were left out."""
+        return frozenset(fault.recipe_id or fault.file for fault in self.faults if fault.severity is Severity.FAULT)
+
     def resolve(self, name: str | None) -> str:
         """Return the id for the name in a request; None means that the request names no model.
 
@@ -39,7 +43,9 @@ class Catalogue:
         if found is not None:
             return found
         close = difflib.get_close_matches(name[:200], self.ids_by_name, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "GET /v1/models lists the models"
+        hint = (
+            f"did you mean {', '.join(close)}?" if close else "`llmstudioctl list` or GET /v1/models lists the models"
+        )
         broken = next((fault for fault in self.faults if fault.recipe_id == name), None)
         if broken is not None:
             hint = f"its recipe is faulty: {broken}"

@@ -31,7 +31,7 @@ IGNORED: Mapping[str, str] = {
 """Keys of old recipes that are accepted, have no effect, and are told."""
 
 FOREIGN: Mapping[str, str] = {
-    "gpu_memory_utilization": "memory is measured and shared; `reserved_memory` in the settings keeps some free",
+    "gpu_memory_utilization": "llama-server takes what it needs; use n_gpu_layers and max_model_len",
     "trust_remote_code": "a GGUF holds no code",
     "tool_call_parser": "llama-server parses tool calls by the model's chat template",
     "reasoning_parser": "use reasoning_format",

@@ -76,9 +76,9 @@ class Client:
         """Return the answer to a POST; by default for as long as it takes."""
         return self._ask("POST", _path(parts) + (f"?{query}" if query else ""), timeout_s)
 
-    def events(self, *parts: str) -> Iterator[dict[str, Any]]:
+    def events(self, *parts: str, query: str = "") -> Iterator[dict[str, Any]]:
         """Yield the data of each server-sent event, until the daemon ends the stream."""
-        response = self._send("GET", _path(parts), None)
+        response = self._send("GET", _path(parts) + (f"?{query}" if query else ""), None)
         for raw in response:
             if raw.startswith(b"data: "):
                 yield json.loads(raw[6:])

@@ -151,6 +151,8 @@ def _unload(client: Client, arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _print_json(answer)
     names = answer.get("evicted", [arguments.model]) if arguments.all else [arguments.model]
+    if not arguments.all and answer["evicted_pid"] is None:
+        names = []
     print(f"unloaded: {', '.join(names) or 'nothing was loaded'}")
     return 0
 
@@ -161,9 +163,10 @@ def _logs(client: Client, arguments: argparse.Namespace) -> int:
         lines = answer["logs"][-arguments.lines :] if arguments.lines > 0 else []
         if arguments.json:
             return _print_json({**answer, "logs": lines, "content": "\n".join(lines)})
-        print("\n".join(lines))
+        for line in lines:
+            print(line)
         return 0
-    for event in client.events("logs", arguments.model, "stream"):
+    for event in client.events("logs", arguments.model, "stream", query=f"limit={max(0, arguments.lines)}"):
         line = json.dumps(event, ensure_ascii=False) if arguments.json else event["data"]["line"]
         print(line, flush=True)
     return 0
@@ -188,15 +191,12 @@ def _check(client: Client, arguments: argparse.Namespace) -> int:
 
 def _check_files(files: list[Path]) -> list[dict[str, Any]]:
     """Check files as the one who asks, with or without a daemon."""
-    from llmstudiod.adapters.recipe_files import load_recipe_file  # slow to import, and needed here alone
+    from llmstudiod.ctl.check import check_files  # slow to import, and needed here alone
 
-    loaded = [load_recipe_file(file) for file in files]
-    notes = [fault for part in loaded for fault in part.faults]
-    notes += [warning for part in loaded for entry in part.entries for warning in entry.warnings]
     return [
         {name: getattr(note, name) for name in ("file", "line", "key", "message", "hint")}
         | {"severity": str(note.severity)}
-        for note in notes
+        for note in check_files(files)
     ]
 
 

@@ -148,7 +148,7 @@ class Application:
         warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
         for fault in (*found.settings.faults, *catalogue.faults, *warnings):
             logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)
-        logger.info("%d models, %d faults", len(catalogue.entries), len(catalogue.faults))
+        logger.info("%d models, %d faulty recipes", len(catalogue.entries), len(catalogue.faulty()))
 
     def _write_snapshot(self) -> None:
         if self._snapshot_dir is not None:
@@ -164,7 +164,7 @@ class Application:
         """Return one line for ``systemctl status``."""
         views = self.supervisor.views()
         ready = [shown.id for shown in views if shown.state is State.READY]
-        faults = len(self.supervisor.catalogue.faults)
+        faults = len(self.supervisor.catalogue.faulty())
         return f"{len(views)} models; ready: {', '.join(ready) or 'none'}" + (f"; {faults} faults" if faults else "")
 
 

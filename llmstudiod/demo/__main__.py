@@ -5,6 +5,7 @@ and its units are left alone. The words of the reply are readable and mean nothi
 """
 
 import argparse
+import ctypes
 import http.client
 import json
 import os
@@ -58,6 +59,8 @@ def main() -> int:
     home: Path = arguments.home.resolve()
     # A Unix socket's path has 107 bytes at most, and a checkout may lie deep.
     runtime = Path(tempfile.mkdtemp(prefix="llmstudiod-"))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     try:
         port = _choose_port()
         config = _write_files(home, runtime, port)
@@ -67,8 +70,21 @@ def main() -> int:
     except LlmstudioError as error:
         print(f"demo: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.stderr.close()  # whoever read us has gone, or wants us gone: there is nothing to add
+        return 130
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
+
+
+def _leave(number: int, _: object) -> None:
+    """End in order: the daemon is stopped and the directory removed on the way out."""
+    raise SystemExit(128 + number)
+
+
+def _die_with_parent() -> None:
+    """Let the daemon be told when we are gone, also by SIGKILL; runs in the child. Source: prctl(2)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
 
 
 def _choose_port() -> int:
@@ -110,18 +126,20 @@ def _serve(config: Path, port: int, runtime: Path) -> int:
     print(f"\nendpoint http://127.0.0.1:{port}/v1   (Ctrl-C ends it)")
     print(f"try      curl http://127.0.0.1:{port}/v1/chat/completions -d '{{\"messages\": [{{\"role\": \"user\", "
           "\"content\": \"Hello\"}]}'")  # fmt: skip
-    print(f"         llmstudioctl --socket {runtime}/admin.sock status demo\n", flush=True)
-    with subprocess.Popen(_daemon_argv(config)) as daemon:
-        # Ctrl-C reaches the daemon too, which drains; we only wait for it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: daemon.terminate())
+    ctl = Path(sys.executable).with_name("llmstudioctl")
+    print(f"         {ctl} --socket {runtime}/admin.sock status demo\n", flush=True)
+    with subprocess.Popen(_daemon_argv(config), preexec_fn=_die_with_parent) as daemon:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: daemon.terminate())  # it drains; we only wait for it
         return daemon.wait()
 
 
 def _tour(config: Path, home: Path, runtime: Path, port: int) -> int:
     log_path = home / "daemon.log"
     with log_path.open("wb") as log:
-        daemon = subprocess.Popen(_daemon_argv(config), stdout=log, stderr=log)
+        daemon = subprocess.Popen(  # a session of its own: Ctrl-C is ours, and we end it in order
+            _daemon_argv(config), stdout=log, stderr=log, preexec_fn=_die_with_parent, start_new_session=True
+        )
     try:
         admin = Client(str(runtime / "admin.sock"))
         began = time.monotonic()

@@ -265,9 +265,10 @@ class Admin:
 
     async def _evict_one(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        unit = self._supervisor.unit_of(model)
+        shown, unit = self._supervisor.view(model), self._supervisor.unit_of(model)
+        was_up = shown is not None and shown.state not in {State.STOPPED, State.FAILED}
         await self._supervisor.unload(model, is_forced=_is_forced(request))
-        return json_response({"success": True, "evicted_pid": unit.pid if unit else None})
+        return json_response({"success": True, "evicted_pid": unit.pid if unit and was_up else None})
 
     async def _evict_all(self, request: web.Request) -> web.Response:
         running = [shown.id for shown in self._supervisor.views() if shown.state not in {State.STOPPED, State.FAILED}]
@@ -295,20 +296,16 @@ class Admin:
 
     async def _logs(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        try:
-            limit = min(MAX_LINES, max(1, int(request.query.get("limit", "2000"))))
-        except ValueError:
-            raise BadRequestError(f"limit: expected a number, found '{request.query['limit'][:40]}'") from None
-        lines = await self._launcher.lines(model, limit=limit)
+        lines = await self._launcher.lines(model, limit=_limit(request, default=2000))
         return json_response({"id": model, "logs": lines, "content": "\n".join(lines)})
 
     async def _log_stream(self, request: web.Request) -> web.StreamResponse:
         """Send the last lines, then every new one, until the reader goes; a slow one loses lines, nobody waits."""
-        model = self._model(request)
+        model, limit = self._model(request), _limit(request, default=50)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
         async with contextlib.aclosing(self._launcher.follow(model)) as lines:  # type: ignore[type-var]
-            for line in await self._launcher.lines(model, limit=50):
+            for line in await self._launcher.lines(model, limit=limit) if limit else []:
                 await response.write(_log_event(line))
             async for line in lines:
                 await response.write(_log_event(line))
@@ -318,6 +315,14 @@ class Admin:
 def _log_event(line: str) -> bytes:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return b"event: log\ndata: " + json_bytes({"data": {"line": line}, "timestamp": stamp}) + b"\n\n"
+
+
+def _limit(request: web.Request, *, default: int) -> int:
+    text = request.query.get("limit", str(default))
+    try:
+        return min(MAX_LINES, max(0, int(text)))
+    except ValueError:
+        raise BadRequestError(f"limit: expected a number, found '{text[:40]}'") from None
 
 
 def _is_forced(request: web.Request) -> bool:

@@ -34,7 +34,7 @@ class Listing:
         """
         match path:
             case "/":
-                return web.Response(text=HOME)
+                return web.Response(text=HOME, headers={"Server": "llmstudiod"})
             case "/health" | "/v1/health":
                 return json_response(self.health())
             case "/v1/models" | "/models":
@@ -50,7 +50,7 @@ class Listing:
 
     def health(self) -> dict[str, Any]:
         """Return whether the daemon can serve, and how many models are in which state."""
-        views = self._views()
+        views, catalogue = self._views(), self._supervisor.catalogue
         ready = [shown.id for shown in views if shown.state is State.READY]
         return {
             "status": "ok",
@@ -58,7 +58,7 @@ class Listing:
             "inference_ready": bool(ready),
             "running_model": ready[0] if ready else None,
             "models": dict(Counter(str(shown.state) for shown in views)),
-            "faulty_recipes": len(self._supervisor.catalogue.faults),
+            "faulty_recipes": len(catalogue.faulty()),
         }
 
     def model(self, entry: RecipeEntry) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from aiohttp.web_exceptions import HTTPException
 from aiohttp.web_protocol import RequestPayloadError
 
 from llmstudiod.core.lifecycle import State
+from llmstudiod.core.units import format_bytes
 from llmstudiod.errors import (
     AccessDeniedError,
     BadRequestError,
@@ -80,7 +81,9 @@ class Proxy:
         except LlmstudioError as error:
             return error_response(error, path=path)
         except (HttpProcessingError, HTTPException, RequestPayloadError, web.PayloadAccessError) as error:
-            return error_response(BadRequestError(f"the request cannot be read: {error}"), path=path)
+            return error_response(
+                BadRequestError(f"the request cannot be read: {' '.join(str(error).split())}"), path=path
+            )
 
     async def _route(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         method = request.method
@@ -151,7 +154,8 @@ class Proxy:
         body = await read_body(request, limit=self.max_body)
         if body is None:
             raise BodyTooLargeError(
-                f"the body is over {self.max_body} bytes", hint="send less, or raise max_body in llmstudiod.yaml"
+                f"the body is over {format_bytes(self.max_body)}",
+                hint="send less, or raise max_body in llmstudiod.yaml",
             )
         return body
 

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "http": {"http", "supervisor", "adapters", "core", "errors", "launchers", ""},
     "daemon": {"daemon", "http", "supervisor", "adapters", "core", "errors", "launchers", ""},
     # Programs of their own beside the daemon.
-    "ctl": {"ctl", "adapters.recipe_files", "core", "errors", ""},
+    "ctl": {"ctl", "adapters", "launchers.subprocess", "core", "errors", ""},
     "demo": {"demo", "core", "errors"},
     "demo.__main__": {"demo", "ctl.client", "core", "errors"},
     "engine": {"engine", "core", "errors"},

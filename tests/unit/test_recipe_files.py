@@ -389,7 +389,7 @@ def test_key_of_another_backend_is_told_with_what_to_use(name: str) -> None:
         ("n_gpu_layer: 5", "did you mean n_gpu_layers?"),
         ("max_modl_len: 5", "did you mean max_model_len?"),
         ("top_k: 5", "a flag of llama-server belongs under extra_args: {top_k: …}"),
-        ("zzz: 5", "llmstudio-recipe(5) lists the fields"),
+        ("zzz: 5", "the README and the example recipe tell the fields"),
     ],
 )
 def test_unknown_key_is_told_with_a_suggestion(line: str, hint: str) -> None:

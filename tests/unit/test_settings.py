@@ -84,7 +84,7 @@ def test_value_is_read_as_people_write_it(line: str, expected: dict[str, Any], f
         ("model_dirs: [/a, 5]", "model_dirs.1", "expected text, found the number 5", "/srv/models"),
         ("recipes_dir: [a]", "recipes_dir", 'expected text, found ["a"]', "/etc/llmstudio/recipes.d is used"),
         ("idle-timeout: 5", "idle-timeout", "there is no such setting, it has no effect", "did you mean idle_timeout?"),
-        ("zzz: 5", "zzz", "there is no such setting, it has no effect", "llmstudiod.yaml(5) lists the settings"),
+        ("zzz: 5", "zzz", "there is no such setting, it has no effect", "the comments in the installed llmstudiod.yaml list the settings"),
     ],
 )  # fmt: skip
 def test_faulty_setting_keeps_its_default_and_is_told(line: str, key: str, words: str, hint: str, file: Path) -> None:
