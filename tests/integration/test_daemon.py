@@ -281,3 +281,36 @@ def test_demo_runs_from_nothing_to_a_reply(tmp_path: Path) -> None:
     assert "first word after" in done.stdout
     assert "ready: /health answers 200" in done.stdout
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_demo_that_is_ended_takes_its_daemon_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    """A closed terminal, Ctrl-C or a kill: nothing goes on serving, and no port stays taken."""
+    argv = [sys.executable, "-m", "llmstudiod.demo", "--serve", "--home", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
+        children = wait_until(lambda: psutil.Process(demo.pid).children(recursive=True))
+        wait_until(lambda: (tmp_path / "llmstudiod.yaml").exists())
+        time.sleep(1)  # it is serving, or nearly: either way it must end
+        demo.send_signal(number)
+        demo.wait(timeout=20)
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_check_looks_at_what_a_recipe_names(tmp_path: Path) -> None:
+    """A file that reads well is of no use without its model or with an unknown flag; settings are files too."""
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    files = {
+        "good.yaml": f"model_path: {tmp_path}/tiny.gguf\n",
+        "missing.yaml": "model_path: /nonexistent/model.gguf\n",
+        "flag.yaml": f"model_path: {tmp_path}/tiny.gguf\nextra_args: {{frobnicate: 1}}\n",
+        "llmstudiod.yaml": "idle_timeout: soon\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    argv = [sys.executable, "-m", "llmstudiod.ctl.main", "check", "--json", *(str(tmp_path / name) for name in files)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    found = {Path(fault["file"]).name: fault["message"] for fault in json.loads(done.stdout)}
+    assert done.returncode == 3
+    assert set(found) == {"missing.yaml", "flag.yaml", "llmstudiod.yaml"}
+    assert "/nonexistent/model.gguf" in found["missing.yaml"]
+    assert "frobnicate" in found["flag.yaml"]
