@@ -154,7 +154,7 @@ def test_second_recipe_of_one_id_is_told(good: Daemon) -> None:
         (b'{"model": 5}', 400, "expected the name of a model"),
         (b'{"model": "nobody"}', 404, "there is no model 'nobody'"),
         (b'{"model": "tiny"}', 400, "messages"),
-        (b'{"model": "tiny", "messages": [], "x": "' + b"y" * 70_000 + b'"}', 413, "the body is over 65536 bytes"),
+        (b'{"model": "tiny", "messages": [], "x": "' + b"y" * 70_000 + b'"}', 413, "the body is over 64.0 KiB"),
     ],
 )
 def test_faulty_request_is_told(good: Daemon, body: bytes, status: int, says: str) -> None:
