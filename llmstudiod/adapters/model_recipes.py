@@ -5,9 +5,9 @@ from pathlib import Path
 
 from llmstudiod.adapters.gguf_file import BadModelFileError
 from llmstudiod.adapters.model_files import find_models, model_id_from_stem
-from llmstudiod.adapters.settings import Settings
 from llmstudiod.core.catalogue import Catalogue, build_catalogue
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
+from llmstudiod.core.settings import Settings
 
 
 def load_catalogue(settings: Settings, loaded: LoadedRecipes) -> Catalogue:

@@ -14,11 +14,12 @@ from pathlib import Path
 from llmstudiod.adapters.binary import INSTALL_HINT, check_argv, find_binary, probe_binary
 from llmstudiod.adapters.gguf_file import HeaderCache, opened
 from llmstudiod.adapters.model_files import resolve_model
-from llmstudiod.adapters.settings import Settings
 from llmstudiod.core.command import Command, ModelFiles, ServerBinary, build_command
+from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash
+from llmstudiod.core.settings import Settings
 from llmstudiod.errors import BinaryError, LlmstudioError, LoadFailedError
-from llmstudiod.launchers.base import Launcher, LaunchRequest
+from llmstudiod.launchers.base import Launcher
 
 # The categories of llmstudiod.core.reasons, so that a fault has one name whether it is met before a start or at it.
 _FAILURES: Mapping[str, str] = {

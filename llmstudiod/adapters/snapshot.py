@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmstudiod import __version__
-from llmstudiod.adapters.settings import LoadedSettings, Settings
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
+from llmstudiod.core.settings import LoadedSettings, Settings
 
 logger = logging.getLogger(__name__)
 

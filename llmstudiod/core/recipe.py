@@ -1,6 +1,6 @@
 """A recipe: what a model is and how to run it, after every check, with its aliases resolved.
 
-The dataclass names and types the fields of `docs/` and the man page; `llmstudiod.adapters.recipe_files` reads
+The dataclass names and types the fields of `docs/` and the man page; `llmstudiod.core.recipe_reader` reads
 files into it (the annotations below are what it validates against), everybody else only reads it.
 """
 

@@ -4,14 +4,16 @@ import asyncio
 import os
 from pathlib import Path
 
+from llmstudiod.adapters.documents import read_document
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.recipe_files import load_recipe_file
-from llmstudiod.adapters.settings import DEFAULT_FILE, Settings
 from llmstudiod.adapters.settings_file import load_settings
-from llmstudiod.adapters.yaml_lines import read_document
 from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
+from llmstudiod.core.settings import DEFAULT_FILE, Settings
 from llmstudiod.errors import BinaryError, LlmstudioError
 from llmstudiod.launchers.subprocess import SubprocessLauncher
+
+SETTINGS_FILE = Path(DEFAULT_FILE)
 
 
 def check_files(files: list[Path]) -> list[Fault]:
@@ -31,7 +33,7 @@ def check_files(files: list[Path]) -> list[Fault]:
 
 def _holds_settings(file: Path) -> bool:
     """Tell settings from recipes: by the name that they are installed under, or by their keys."""
-    if file.name == DEFAULT_FILE.name or file.parent.name == f"{DEFAULT_FILE.name}.d":
+    if file.name == SETTINGS_FILE.name or file.parent.name == f"{SETTINGS_FILE.name}.d":
         return True
     document = read_document(file)
     keys = set(document.value) if not isinstance(document, Fault) and isinstance(document.value, dict) else set()
@@ -41,7 +43,7 @@ def _holds_settings(file: Path) -> bool:
 
 async def _plan(entries: list[RecipeEntry]) -> list[Fault]:
     """Make each recipe's plan without carrying it out."""
-    settings = load_settings(DEFAULT_FILE).settings if os.access(DEFAULT_FILE, os.R_OK) else Settings()
+    settings = load_settings(SETTINGS_FILE).settings if os.access(SETTINGS_FILE, os.R_OK) else Settings()
     planner = Planner(settings, SubprocessLauncher(Path(settings.runtime_dir)), os.environ)
     faults = []
     for entry in entries:

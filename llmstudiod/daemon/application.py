@@ -13,12 +13,12 @@ from aiohttp import web
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import progress_mark
-from llmstudiod.adapters.settings import LoadedSettings, Settings
 from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.recipe import Severity
 from llmstudiod.core.scheduler import Scheduler
+from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
 from llmstudiod.errors import ConfigError, LlmstudioError
 from llmstudiod.http.admin import Admin

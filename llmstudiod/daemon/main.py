@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _serve(arguments: argparse.Namespace, inherited: sockets.Listeners) -> None:
     # Slow to import (aiohttp 230 ms, pydantic 60 ms): after the arguments are known to be good.
-    from llmstudiod.adapters.settings import DEFAULT_FILE
+    from llmstudiod.core.settings import DEFAULT_FILE
     from llmstudiod.daemon.application import Application
 
     environment = dict(os.environ) if arguments.development else None
-    application = Application(arguments.config or DEFAULT_FILE, environment, clock=time.monotonic)
+    application = Application(arguments.config or Path(DEFAULT_FILE), environment, clock=time.monotonic)
     loaded = application.loaded.settings
     logging.getLogger().setLevel(loaded.log_level.upper())
     listeners = sockets.open_missing(inherited, addresses=loaded.listen, admin_path=loaded.admin_socket)

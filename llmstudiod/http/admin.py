@@ -17,14 +17,14 @@ from aiohttp import web
 
 from llmstudiod import __version__
 from llmstudiod.adapters.planner import Plan, Planner
-from llmstudiod.adapters.settings import LoadedSettings
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.recipe import Fault, RecipeEntry
+from llmstudiod.core.settings import LoadedSettings
+from llmstudiod.core.unit import systemd_run_argv
 from llmstudiod.errors import AccessDeniedError, BadRequestError, LlmstudioError, NotFoundError
 from llmstudiod.http.answers import error_headers, json_bytes, json_response
 from llmstudiod.http.listing import Listing
 from llmstudiod.launchers.base import Launcher
-from llmstudiod.launchers.unit import systemd_run_argv
 from llmstudiod.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmstudiod.adapters.binary import clean_environment
+from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.errors import LauncherError
-from llmstudiod.launchers.base import Exit, LaunchRequest, Unit
+from llmstudiod.launchers.base import Exit, Unit
 from llmstudiod.launchers.log_buffer import LogBuffer, PipeDrain
 
 GUARD = str(Path(__file__).with_name("guard.py"))

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.unit import PREFIX, inside_socket_path, systemd_run_argv, unit_name
 from llmstudiod.errors import LauncherError
-from llmstudiod.launchers.base import Exit, LaunchRequest, Unit
-from llmstudiod.launchers.unit import PREFIX, inside_socket_path, systemd_run_argv, unit_name
+from llmstudiod.launchers.base import Exit, Unit
 
 GROUP = "llmstudio-model"
 COMMAND_TIMEOUT_S = 45.0

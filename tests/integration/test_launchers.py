@@ -18,8 +18,9 @@ from typing import TypeVar
 
 import pytest
 
+from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.errors import LauncherError
-from llmstudiod.launchers.base import Exit, Launcher, LaunchRequest, Unit
+from llmstudiod.launchers.base import Exit, Launcher, Unit
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.launchers.systemd import SystemdLauncher
 
@@ -357,7 +358,7 @@ DAEMON = """
 import asyncio, sys
 from pathlib import Path
 from typing import TypeVar
-from llmstudiod.launchers.base import LaunchRequest
+from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 
 async def main():

@@ -6,9 +6,9 @@ import pytest
 
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.recipe_files import load_recipes
-from llmstudiod.adapters.settings import Settings
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.recipe import Severity
+from llmstudiod.core.settings import Settings
 from llmstudiod.errors import ModelNotFoundError
 from tests.gguf_files import write_model, write_shards
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmstudiod.adapters.recipe_files import load_recipe_file, load_recipes, parse_recipes
-from llmstudiod.adapters.yaml_lines import Document, parse_document
+from llmstudiod.adapters.recipe_files import load_recipe_file, load_recipes
 from llmstudiod.core.catalogue import build_catalogue
 from llmstudiod.core.flag_table import FLAGS
 from llmstudiod.core.recipe import Fault, Limits, LoadedRecipes, LoraAdapter, Recipe, Severity, recipe_hash
 from llmstudiod.core.recipe_names import FOREIGN, IGNORED
+from llmstudiod.core.recipe_reader import parse_recipes
+from llmstudiod.core.yaml_lines import Document, parse_document
 from llmstudiod.errors import ModelNotFoundError
 
 EXAMPLE = (

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from llmstudiod.adapters.settings import LoadedSettings, Settings
 from llmstudiod.adapters.settings_file import load_settings
 from llmstudiod.core.recipe import Fault, LifecycleDefaults, Severity
+from llmstudiod.core.settings import LoadedSettings, Settings
 from tests.unit.test_yaml_lines import BOMB
 
 INSTALLED = Path(__file__).parents[2] / "etc" / "llmstudiod.yaml"

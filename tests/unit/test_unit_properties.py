@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from llmstudiod.core.command import BoundFile
-from llmstudiod.launchers.base import LaunchRequest
-from llmstudiod.launchers.unit import systemd_run_argv, unit_properties
+from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.unit import systemd_run_argv, unit_properties
 
 REQUEST = LaunchRequest(
     model_id="m.1",

@@ -3,12 +3,9 @@
 Reads untrusted text: bounded in size and depth, no tags, no aliases that multiply, no duplicate keys.
 """
 
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -63,22 +60,8 @@ class _FaultyDocumentError(Exception):
         self.hint = hint
 
 
-def read_document(path: Path) -> Document | Fault:
-    """Return the parsed file, or what is wrong with it."""
-    file = str(path)
-    try:
-        # Without O_NONBLOCK the open of a FIFO waits for a writer for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return Fault("expected a regular file, found a directory, pipe or device", file=file)
-            with open(descriptor, "rb", closefd=False) as stream:
-                raw = stream.read(MAX_FILE_BYTES + 1)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        hint = "let the daemon's user read it (chmod o+r)" if isinstance(error, PermissionError) else None
-        return Fault(f"cannot read the file: {error.strerror}", file=file, hint=hint)
+def parse_bytes(raw: bytes, *, file: str) -> Document | Fault:
+    """Return the parsed content of a file, or what is wrong with it."""
     if len(raw) > MAX_FILE_BYTES:
         limit = f"expected a file of at most {MAX_FILE_BYTES >> 20} MiB, found a longer one"
         return Fault(limit, file=file, hint="a recipe needs some hundred bytes")

@@ -7,7 +7,7 @@ Each was tried with the real llama-server on systemd 257 and 262. What a GPU nee
 import posixpath
 from collections.abc import Mapping
 
-from llmstudiod.launchers.base import LaunchRequest
+from llmstudiod.core.launch import LaunchRequest
 
 SLICE = "llmstudio-models.slice"
 PREFIX = "llmstudio-model-"

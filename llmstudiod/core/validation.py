@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 from annotated_types import Ge, Interval, Len, MaxLen
 from pydantic import TypeAdapter, ValidationError
 
-from llmstudiod.adapters.yaml_lines import Document, Path_
 from llmstudiod.core.recipe import Fault
+from llmstudiod.core.yaml_lines import Document, Path_
 
 T = TypeVar("T")
 

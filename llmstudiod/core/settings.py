@@ -1,15 +1,14 @@
-"""The daemon's settings and their defaults. `llmstudiod.adapters.settings_file` reads them from files."""
+"""The daemon's settings and their defaults. `llmstudiod.core.settings_reader` reads them from files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
 from llmstudiod.core.recipe import Fault, LifecycleDefaults
 
-DEFAULT_FILE = Path("/etc/llmstudio/llmstudiod.yaml")
+DEFAULT_FILE = "/etc/llmstudio/llmstudiod.yaml"
 
 
 @dataclass(frozen=True, slots=True)
