@@ -16,6 +16,7 @@ from typing import Any, Protocol, assert_never
 from llmstudiod.adapters.planner import Plan, Planner
 from llmstudiod.adapters.probe import NotOurs, wait_ready
 from llmstudiod.core.catalogue import Catalogue
+from llmstudiod.core.errors import LlmstudioError, ModelNotFoundError
 from llmstudiod.core.events import (
     Action,
     BecameReady,
@@ -44,7 +45,6 @@ from llmstudiod.core.lifecycle import Failure, InstanceView, State
 from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import LifecycleDefaults, RecipeEntry, model_spec
 from llmstudiod.core.scheduler import Scheduler
-from llmstudiod.errors import LlmstudioError, ModelNotFoundError
 from llmstudiod.launchers.base import Launcher, Unit
 
 logger = logging.getLogger(__name__)

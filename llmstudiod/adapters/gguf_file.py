@@ -23,8 +23,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.units import format_bytes
-from llmstudiod.errors import LlmstudioError
 
 # Far above anything published (gemma's header, with 262k tokens and 515k merges, is 16 MB), far below what would hurt.
 MAX_HEADER_BYTES = 128 << 20

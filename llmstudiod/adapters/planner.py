@@ -11,28 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmstudiod.adapters.binary import INSTALL_HINT, check_argv, find_binary, probe_binary
 from llmstudiod.adapters.gguf_file import HeaderCache, opened
 from llmstudiod.adapters.model_files import resolve_model
-from llmstudiod.core.command import Command, ModelFiles, ServerBinary, build_command
-from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash
+from llmstudiod.adapters.program import Program
+from llmstudiod.core.command import Command, ModelFiles, ServerBinary
+from llmstudiod.core.errors import LlmstudioError, LoadFailedError
+from llmstudiod.core.launch import LaunchRequest, launch_request
+from llmstudiod.core.recipe import RecipeEntry
 from llmstudiod.core.settings import Settings
-from llmstudiod.errors import BinaryError, LlmstudioError, LoadFailedError
 from llmstudiod.launchers.base import Launcher
 
 # The categories of llmstudiod.core.reasons, so that a fault has one name whether it is met before a start or at it.
 _FAILURES: Mapping[str, str] = {
     "model_file_not_found": "model_not_found",
     "model_file_permission": "permission",
-}
-_LIMIT_PROPERTIES: Mapping[str, str] = {
-    "memory_max": "MemoryMax",
-    "cpu_weight": "CPUWeight",
-    "io_weight": "IOWeight",
-    "allowed_cpus": "AllowedCPUs",
-    "nice": "Nice",
-    "tasks_max": "TasksMax",
 }
 
 
@@ -47,34 +39,27 @@ class Plan:
 
 
 class Planner:
-    """Makes plans; caches what it learned of the binary, of GGUF headers and of command lines found good."""
+    """Makes plans; caches what it learned of GGUF headers and of command lines found good."""
 
-    def __init__(self, settings: Settings, launcher: Launcher, environment: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, launcher: Launcher, program: Program) -> None:
         self._settings = settings
         self._launcher = launcher
-        self._environment = environment
+        self._program = program
         self._headers = HeaderCache()
-        self._binary: tuple[tuple[object, ...], ServerBinary] | None = None
-        self._binary_lock = asyncio.Lock()
-        self._good_argvs: set[tuple[object, ...]] = set()
+        self._good: tuple[ServerBinary | None, set[tuple[object, ...]]] = (None, set())
 
     def use_settings(self, settings: Settings) -> None:
         """Take the settings of a reload."""
         self._settings = settings
+        self._program.use_settings(settings)
 
     async def binary(self) -> ServerBinary:
-        """Return the binary with what it says of itself; asked again when the file on disk has changed.
+        """Return the program that serves models.
 
         Raises:
             BinaryError: There is none, or it does not run.
         """
-        async with self._binary_lock:
-            found = await asyncio.to_thread(find_binary, self._settings.llama_server, self._environment)
-            identity = await asyncio.to_thread(_identity, found)
-            if self._binary is None or self._binary[0] != identity:
-                self._binary = (identity, await probe_binary(found))
-                self._good_argvs.clear()
-            return self._binary[1]
+        return await self._program.binary()
 
     async def plan(self, entry: RecipeEntry) -> Plan:
         """Return the plan for a recipe.
@@ -87,37 +72,27 @@ class Planner:
         binary = await self.binary()
         socket_path = self._launcher.socket_path(recipe.id)
         is_sandboxed = self._launcher.is_sandboxed
-        command = build_command(recipe, files, binary, socket_path=socket_path, is_sandboxed=is_sandboxed)
-        await self._check(entry, files, binary)
-        request = LaunchRequest(
-            model_id=recipe.id,
-            recipe_hash=recipe_hash(recipe),
-            recipe_file=entry.file,
-            argv=command.argv,
-            environment=command.environment,
-            socket_path=socket_path,
-            files=command.files,
-            limits=_limits(recipe),
-            needs_gpu=bool(binary.devices) and recipe.gpus != "none",
+        request, command = launch_request(
+            recipe, files, binary, recipe_file=entry.file, socket_path=socket_path, is_sandboxed=is_sandboxed
         )
+        await self._check(entry, request, binary)
         return Plan(request, command, binary, recipe.alias)
 
-    async def _check(self, entry: RecipeEntry, files: ModelFiles, binary: ServerBinary) -> None:
-        """Ask the binary's own parser, outside the sandbox: it opens the files that flags name."""
-        recipe = entry.recipe
-        # The socket has no part in this; a path that is surely short enough keeps the message to the point.
-        command = build_command(recipe, files, binary, socket_path="/run/check.sock", is_sandboxed=False)
-        key = (*command.argv, *sorted(command.environment.items()))
-        if key in self._good_argvs:
+    async def _check(self, entry: RecipeEntry, request: LaunchRequest, binary: ServerBinary) -> None:
+        """Ask the binary's own parser, once for each command line."""
+        if self._good[0] is not binary:
+            self._good = (binary, set())
+        key = (*request.argv, *sorted(request.environment.items()), request.recipe_hash)
+        if key in self._good[1]:
             return
-        complaint = await check_argv(command.argv, command.environment)
+        complaint = await self._program.complaint(request)
         if complaint is not None:
             raise LoadFailedError(
-                f"cannot load '{recipe.id}': llama-server refuses its command line: {complaint}",
-                hint=f"correct {_recipe_place(entry)}; `llmstudioctl explain {recipe.id}` shows the command line",
-                details={"failure": "bad_args", "argv": list(command.argv)},
+                f"cannot load '{entry.recipe.id}': llama-server refuses its command line: {complaint}",
+                hint=f"correct {_recipe_place(entry)}; `llmstudioctl explain {entry.recipe.id}` shows the command line",
+                details={"failure": "bad_args", "argv": list(request.argv)},
             )
-        self._good_argvs.add(key)
+        self._good[1].add(key)
 
     def _find_files(self, entry: RecipeEntry) -> ModelFiles:
         """Find every file that the recipe names. Reads the disk; runs in a thread."""
@@ -187,14 +162,6 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _identity(binary: ServerBinary) -> tuple[object, ...]:
-    try:
-        status = Path(binary.argv[0]).stat()
-    except OSError as error:  # it was there a moment ago: a package is being upgraded
-        raise BinaryError(f"cannot look at '{binary.argv[0]}': {error.strerror}", hint=INSTALL_HINT) from error
-    return (*binary.argv, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
-
-
 def _check_readable(path: str) -> None:
     """A unit has a user of its own, which nobody else knows: the file must be readable for everybody."""
     with opened(Path(path)) as (_, status):  # follows the link, as the bind mount will
@@ -205,11 +172,3 @@ def _check_readable(path: str) -> None:
             hint=f"chmod o+r {shlex.quote(path)}",
             details={"failure": "permission"},
         )
-
-
-def _limits(recipe: Recipe) -> dict[str, str]:
-    values = {name: getattr(recipe.limits, name) for name in _LIMIT_PROPERTIES}
-    limits = {_LIMIT_PROPERTIES[name]: str(value) for name, value in values.items() if value is not None}
-    if "MemoryMax" in limits:
-        limits["MemorySwapMax"] = "0"
-    return limits

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from llmstudiod.core.errors import BadRequestError, ModelNotFoundError
 from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
-from llmstudiod.errors import BadRequestError, ModelNotFoundError
 
 
 @dataclass(frozen=True, slots=True)

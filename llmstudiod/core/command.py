@@ -6,11 +6,12 @@ Source: `llama-server --help` of llama.cpp 0.7.0, and what that binary did when 
 
 import posixpath
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
+from llmstudiod.core.errors import LoadFailedError
 from llmstudiod.core.flags import modernize, render_flag
 from llmstudiod.core.recipe import MAX_CONTEXT, Recipe
-from llmstudiod.errors import LoadFailedError
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 8192
@@ -27,7 +28,10 @@ INSIDE = "/run/llmstudio-model"
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """The program that will run: its first words, what it says of itself, and the flags that it accepts."""
+    """The program that will run: its first words, what it says of itself, and the flags that it accepts.
+
+    ``executables`` are the paths that it must be able to execute: itself and its libraries; none: not known.
+    """
 
     argv: tuple[str, ...]
     source: str
@@ -35,6 +39,17 @@ class ServerBinary:
     known_flags: frozenset[str] = frozenset()
     devices: tuple[str, ...] = ()
     is_engine: bool = False
+    executables: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the binary of which ``values`` is the `as_dict`."""
+        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**{**lists, "known_flags": frozenset(values["known_flags"])})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them."""
+        return {**asdict(self), "known_flags": sorted(self.known_flags)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.lifecycle import Failure, ModelSpec, UpstreamFacts
-from llmstudiod.errors import LlmstudioError
 
 
 class Timer(StrEnum):

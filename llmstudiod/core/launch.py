@@ -1,18 +1,27 @@
-"""What is asked of a launcher."""
+"""What is asked of a launcher, and how it follows from a recipe."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Self
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from llmstudiod.core.command import BoundFile
+from llmstudiod.core.command import BoundFile, Command, ModelFiles, ServerBinary, build_command
+from llmstudiod.core.recipe import STRICT, Recipe, Sandbox, recipe_hash
+
+_LIMIT_PROPERTIES: Mapping[str, str] = {
+    "memory_max": "MemoryMax",
+    "cpu_weight": "CPUWeight",
+    "io_weight": "IOWeight",
+    "allowed_cpus": "AllowedCPUs",
+    "nice": "Nice",
+    "tasks_max": "TasksMax",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
-    """All that a launcher is told: plain values, small, serialisable, so that a privileged helper can take it.
+    """One server to be started: plain values.
 
-    ``limits`` holds systemd's property names; the subprocess launcher has no use for them.
+    ``limits`` holds systemd's property names; ``devices`` are the device nodes of its GPUs, ``executables`` the paths
+    that it may execute from. The subprocess launcher has no use for these three, nor for ``sandbox``.
     """
 
     model_id: str
@@ -21,18 +30,56 @@ class LaunchRequest:
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     socket_path: str
+    model_path: str = ""
+    n_ctx_train: int | None = None
     files: tuple[BoundFile, ...] = ()
     limits: Mapping[str, str] = field(default_factory=dict)
-    needs_gpu: bool = False
+    sandbox: Sandbox = STRICT
+    devices: tuple[str, ...] = ()
+    device_groups: tuple[str, ...] = ()
+    executables: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        """Return the request as one line of JSON."""
-        return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False)
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the request that `to_json` wrote."""
-        raw = json.loads(text)
-        raw["argv"] = tuple(raw["argv"])
-        raw["files"] = tuple(BoundFile(**file) for file in raw["files"])
-        return cls(**raw)
+def question(argv: Iterable[str]) -> LaunchRequest:
+    """Return what asks a binary something that is not about a model."""
+    return LaunchRequest("question", "", None, tuple(argv), {"LC_ALL": "C.UTF-8"}, "")
+
+
+def launch_request(
+    recipe: Recipe,
+    files: ModelFiles,
+    binary: ServerBinary,
+    *,
+    recipe_file: str | None,
+    socket_path: str,
+    is_sandboxed: bool,
+) -> tuple[LaunchRequest, Command]:
+    """Return what starts the recipe's server, with the command line and what was decided on the way.
+
+    Raises:
+        LoadFailedError: The recipe asks for what this binary cannot do, or the socket's path is too long.
+    """
+    command = build_command(recipe, files, binary, socket_path=socket_path, is_sandboxed=is_sandboxed)
+    request = LaunchRequest(
+        model_id=recipe.id,
+        recipe_hash=recipe_hash(recipe),
+        recipe_file=recipe_file,
+        argv=command.argv,
+        environment=command.environment,
+        socket_path=socket_path,
+        model_path=files.model[0],
+        n_ctx_train=files.n_ctx_train,
+        files=command.files,
+        limits=_limits(recipe),
+        sandbox=recipe.sandbox,
+        executables=binary.executables,
+    )
+    return request, command
+
+
+def _limits(recipe: Recipe) -> dict[str, str]:
+    values = {name: getattr(recipe.limits, name) for name in _LIMIT_PROPERTIES}
+    limits = {_LIMIT_PROPERTIES[name]: str(value) for name, value in values.items() if value is not None}
+    if "MemoryMax" in limits:
+        limits["MemorySwapMax"] = "0"
+    return limits

@@ -75,6 +75,32 @@ class Limits:
     tasks_max: Annotated[int, Interval(ge=16, le=65536)] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """What a model's unit may do beyond the strict sandbox; each relaxation has a name.
+
+    ``network``: a loopback of its own, or the host's network. ``writable_code``: memory both writable and executable,
+    which drivers that compile for the CPU need. ``scheduling``: its own priorities and CPU affinity (``--prio``,
+    ``--cpu-mask``, ``--numa``). ``shared_ipc``: the host's /tmp and IPC, which CUDA's MPS needs.
+    """
+
+    network: Literal["none", "loopback", "host"] = "none"
+    writable_code: bool = False
+    scheduling: bool = False
+    shared_ipc: bool = False
+
+    def relaxations(self) -> tuple[str, ...]:
+        """Return what differs from the strict sandbox, by name."""
+        return tuple(
+            f"{f.name}: {value}" if isinstance(value := getattr(self, f.name), str) else f.name
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        )
+
+
+STRICT = Sandbox()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One model. None means: the daemon decides, and says what it decided."""
@@ -137,6 +163,7 @@ class Recipe:
     drain_timeout: Annotated[float, Ge(0)] | None = None
 
     limits: Limits = Limits()
+    sandbox: Sandbox = STRICT
     env_vars: Mapping[str, str] = field(default_factory=dict)
     extra_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -158,8 +185,9 @@ class Recipe:
         }
         if "lora" in fixed:
             fixed["lora"] = tuple(LoraAdapter(**adapter) for adapter in fixed["lora"])
-        if "limits" in fixed:
-            fixed["limits"] = Limits(**fixed["limits"])
+        for name, kind in (("limits", Limits), ("sandbox", Sandbox)):
+            if name in fixed:
+                fixed[name] = kind(**fixed[name])
         return cls(**fixed)
 
     def as_dict(self) -> dict[str, Any]:
@@ -230,6 +258,8 @@ def model_spec(recipe: Recipe, defaults: LifecycleDefaults) -> ModelSpec:
 
 def _plain(value: object) -> object:
     """Return ``value`` as JSON can hold it."""
+    if isinstance(value, Sandbox):
+        return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
     if isinstance(value, Limits | LoraAdapter):
         return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) is not None}
     if isinstance(value, tuple):

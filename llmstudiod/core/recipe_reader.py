@@ -10,14 +10,15 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from llmstudiod.core.flags import FlagKind, FoundFlag, find_flag, modernize, render_flag, why_denied
-from llmstudiod.core.recipe import ID_PATTERN, Fault, Limits, LoadedRecipes, Recipe, RecipeEntry, Severity
+from llmstudiod.core.recipe import ID_PATTERN, Fault, Limits, LoadedRecipes, Recipe, RecipeEntry, Sandbox, Severity
 from llmstudiod.core.recipe_names import ALIASES, FOREIGN, IGNORED, SINGLE_LINE_FIELDS, denied_environment
 from llmstudiod.core.settings_reader import duration, size
 from llmstudiod.core.validation import shorten, validate
-from llmstudiod.core.yaml_lines import Document, Path_
+from llmstudiod.core.yaml_lines import Document, Path_, parse_bytes
 
 _FIELDS = frozenset(f.name for f in fields(Recipe))
 _LIMITS = frozenset(f.name for f in fields(Limits))
+_RELAXATIONS = frozenset(f.name for f in fields(Sandbox))
 _DURATIONS = ("idle_timeout", "load_stall_timeout", "drain_timeout")
 _NAMES_OF_BINARIES = frozenset({"llama_server_path", "llama_server", "llama_bin", "launch_command", "custom_command"})
 _NO_FLAGS = frozenset({"extra_args", "env_vars", "gpus", "description", "tags", "status"}) | FOREIGN.keys()
@@ -29,6 +30,7 @@ _WORDS: Mapping[str, str] = {
     "load_stall_timeout": "a duration of 1s or more",
     "extra_args": "flags as `name: value`",
     "limits": "limits as `name: value`",
+    "sandbox": "strict, or relaxations as `name: value`",
     "limits.memory_max": "a size of 1MiB or more",
     "tags": "a list of words",
     "aliases": "a list of names, at most 100",
@@ -48,6 +50,15 @@ _HINTS: Mapping[str, str] = {
     "cache_ram": "it is in MiB: 8192 for 8 GiB",
     "n_gpu_layers": "all is every layer, auto as many as fit",
 }
+
+
+def parse_recipe_bytes(raw: bytes, *, file: str) -> LoadedRecipes:
+    """Return the recipes of a file's content; the file's name without its ending names one that has no id."""
+    default_id = file.rpartition("/")[2].rpartition(".")[0]
+    document = parse_bytes(raw, file=file)
+    if isinstance(document, Fault):
+        return LoadedRecipes((), (replace(document, recipe_id=default_id),))
+    return parse_recipes(document, default_id=default_id)
 
 
 def parse_recipes(document: Document, *, default_id: str) -> LoadedRecipes:
@@ -145,16 +156,14 @@ class _RecipeReader:
             self._take_all_extra(value, place)
         elif name == "env_vars":
             self._take_environment(value, place)
+        elif name == "sandbox" and value in ("strict", {}):
+            pass
         elif name in _FIELDS:
             if value is not None:
                 self._set(name, value, place)
         elif name in _NAMES_OF_BINARIES:
             hint = "remove it, and set `llama_server` in llmstudiod.yaml: a recipe cannot choose what is executed"
             self._fault(place, f"expected no name of a binary in a recipe, found {shorten(value)}", hint=hint)
-        elif name == "sandbox":
-            if value not in ("strict", None, {}):
-                hint = "remove it: this version has no relaxations"
-                self._fault(place, f"expected strict, found {shorten(value)}", hint=hint)
         elif name in IGNORED or name in FOREIGN:
             if value is not None:  # exports of vllm-studio name every field; null says nothing
                 why = IGNORED.get(name) or FOREIGN[name]
@@ -282,6 +291,9 @@ class _RecipeReader:
         self._converted("tensor_split", _numbers)
         if isinstance(limits := values.get("limits"), dict):
             values["limits"] = self._limits(limits, self.origins["limits"])
+        if isinstance(sandbox := values.get("sandbox"), dict):
+            self._check_names("relaxation", sandbox, _RELAXATIONS, self.origins["sandbox"])
+            values["sandbox"] = {name: value for name, value in sandbox.items() if value is not None}
 
     def _converted(self, name: str, convert: Callable[[Any], Any]) -> None:
         if name in self.values:
@@ -292,10 +304,7 @@ class _RecipeReader:
 
     def _limits(self, raw: dict[str, Any], place: Path_) -> dict[str, Any]:
         limits = {name: value for name, value in raw.items() if value is not None}
-        for name in limits.keys() - _LIMITS:
-            close = difflib.get_close_matches(name, _LIMITS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(_LIMITS))}"
-            self._fault((*place, name), "there is no such limit", hint=hint)
+        self._check_names("limit", limits, _LIMITS, place)
         if "memory_max" in limits:
             try:
                 limits["memory_max"] = size(limits["memory_max"])
@@ -309,6 +318,12 @@ class _RecipeReader:
                 self._fault((*place, "allowed_cpus"), found)
             limits["allowed_cpus"] = text
         return limits
+
+    def _check_names(self, what: str, given: Iterable[str], known: frozenset[str], place: Path_) -> None:
+        for name in set(given) - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+            self._fault((*place, name), f"there is no such {what}", hint=hint)
 
     def _check_words(self) -> None:
         model_id = self.values.get("id")

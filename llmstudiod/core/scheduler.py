@@ -15,6 +15,17 @@ priority than the one that it made room for.
 from collections.abc import Callable
 from typing import TypeVar, assert_never
 
+from llmstudiod.core.errors import (
+    BackingOffError,
+    LlmstudioError,
+    LoadFailedError,
+    LoadStalledError,
+    ModelNotFoundError,
+    QueueFullError,
+    ShuttingDownError,
+    UnavailableError,
+    UpstreamCrashedError,
+)
 from llmstudiod.core.events import (
     Action,
     BecameReady,
@@ -41,17 +52,6 @@ from llmstudiod.core.events import (
     VetPlan,
 )
 from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Waiter, view
-from llmstudiod.errors import (
-    BackingOffError,
-    LlmstudioError,
-    LoadFailedError,
-    LoadStalledError,
-    ModelNotFoundError,
-    QueueFullError,
-    ShuttingDownError,
-    UnavailableError,
-    UpstreamCrashedError,
-)
 
 BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
 OVERTAKE_S = 2.0

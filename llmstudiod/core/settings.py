@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Interval
 
@@ -24,6 +24,8 @@ class Settings:
     state_dir: str = "/var/lib/llmstudio"
     listen: tuple[str, ...] = ("127.0.0.1:8080", "[::1]:8080")
     admin_socket: str = "/run/llmstudio/admin.sock"
+    launcher_socket: str = "/run/llmstudio/launcher.sock"
+    keys_file: str = "/etc/llmstudio/keys"
     idle_timeout: Annotated[float, Ge(0)] = 600.0
     max_instances: Annotated[int, Interval(ge=0, le=1000)] = 0
     concurrency_limit: Annotated[int, Interval(ge=0, le=4096)] = 0
@@ -33,6 +35,11 @@ class Settings:
     drain_timeout: Annotated[float, Ge(0)] = 60.0
     wait_comment_interval: Annotated[float, Ge(0.05)] = 5.0
     log_level: Literal["error", "warning", "info", "debug"] = "info"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the settings of which ``values`` are the fields, as JSON holds them; nothing is checked again."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def lifecycle_defaults(self) -> LifecycleDefaults:
         """Return the part that recipes may override."""

@@ -29,8 +29,7 @@ _NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 
 # Settings of the architecture that a later version brings: told, not taken for a slip of the pen.
 _LATER = frozenset(
-    {"reserved_memory", "groups", "keys_file", "allowed_hosts", "cors_origins", "allow_open_listener", "exit_idle"}
-    | {"usage_keep"}
+    {"reserved_memory", "groups", "allowed_hosts", "cors_origins", "allow_open_listener", "exit_idle"} | {"usage_keep"}
 )
 
 

@@ -5,7 +5,7 @@ Each was tried with the real llama-server on systemd 257 and 262. What a GPU nee
 """
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from llmstudiod.core.launch import LaunchRequest
 
@@ -18,7 +18,6 @@ _ALWAYS: Mapping[str, str] = {
     "UMask": "0007",
     "WorkingDirectory": "/",
     "ProtectSystem": "strict",
-    "PrivateTmp": "yes",
     # Inside the unit /run holds its own socket and its own files: no D-Bus, no other model's socket.
     "TemporaryFileSystem": "/run:mode=0755,size=64k",
     "InaccessiblePaths": "-/srv -/etc/llmstudio -/var/lib/llmstudio",
@@ -29,10 +28,6 @@ _ALWAYS: Mapping[str, str] = {
     "ProtectClock": "yes",
     "ProtectHostname": "yes",
     "ProtectProc": "invisible",
-    "PrivateNetwork": "yes",
-    "RestrictAddressFamilies": "AF_UNIX",
-    "IPAddressDeny": "any",
-    "PrivateIPC": "yes",
     "NoNewPrivileges": "yes",
     "CapabilityBoundingSet": "",
     "AmbientCapabilities": "",
@@ -55,21 +50,23 @@ _ALWAYS: Mapping[str, str] = {
     "TimeoutStartSec": "30",
     "TimeoutStopSec": "10",
     "Restart": "no",  # the daemon decides, and a restart by systemd would run an old command line
+    "Documentation": "man:llmstudiod(8)",
+}
+_LOGGED: Mapping[str, str] = {
     "StandardInput": "null",
     "StandardOutput": "journal",
     "StandardError": "journal",
     "LogRateLimitIntervalSec": "0",  # the telling line must not be the one that is dropped
-    "Documentation": "man:llmstudiod(8)",
     "Before": "llmstudiod.service",  # at shutdown the daemon drains first
 }
-_CPU: Mapping[str, str] = {
-    "PrivateDevices": "yes",
-    "DevicePolicy": "closed",
-    "ProcSubset": "pid",
-    "MemoryDenyWriteExecute": "yes",
-}
+_CPU: Mapping[str, str] = {"PrivateDevices": "yes", "DevicePolicy": "closed", "ProcSubset": "pid"}
 _GPU: Mapping[str, str] = {"PrivateDevices": "no", "DevicePolicy": "closed", "ProcSubset": "all"}
-_GPU_DEVICES = ("char-nvidia* rw", "char-drm rw", "/dev/kfd rw")
+_NETWORKS: Mapping[str, Mapping[str, str]] = {
+    "none": {"PrivateNetwork": "yes", "RestrictAddressFamilies": "AF_UNIX", "IPAddressDeny": "any"},
+    # A loopback of its own: enough for libraries that talk to themselves (NCCL, RPC), and for nobody else.
+    "loopback": {"PrivateNetwork": "yes", "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK"},
+    "host": {"PrivateNetwork": "no", "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK"},
+}
 
 
 def unit_name(model_id: str) -> str:
@@ -81,15 +78,30 @@ def unit_name(model_id: str) -> str:
     return f"{PREFIX}{model_id}.service"
 
 
+def sandbox_properties(request: LaunchRequest) -> list[str]:
+    """Return what keeps a process to itself, whatever it is for: a server, or a question to its binary."""
+    sandbox = request.sandbox
+    properties = [f"{name}={value}" for name, value in {**_ALWAYS, **_NETWORKS[sandbox.network]}.items()]
+    properties += [f"{name}={value}" for name, value in (_GPU if request.devices else _CPU).items()]
+    properties += [f"DeviceAllow={device} rw" for device in request.devices]
+    properties += [f"SupplementaryGroups={' '.join(request.device_groups)}"] if request.device_groups else []
+    properties.append(f"MemoryDenyWriteExecute={_yes(not sandbox.writable_code)}")
+    properties += [f"{name}={_yes(not sandbox.shared_ipc)}" for name in ("PrivateIPC", "PrivateTmp")]
+    # Two lines of one filter: an allow-list, then what is taken out of it again.
+    filtered = "~@privileged" if sandbox.scheduling else "~@privileged @resources"
+    properties += ["SystemCallFilter=@system-service", f"SystemCallFilter={filtered}"]
+    properties += [f"BindReadOnlyPaths={_quote(file.host)}:{_quote(file.inside)}" for file in request.files]
+    if request.devices:  # TemporaryFileSystem=/run hides its socket, which keeps the driver loaded
+        properties.append("BindPaths=-/run/nvidia-persistenced")
+    return [*properties, *_executable_paths(request.executables)]
+
+
 def unit_properties(request: LaunchRequest, *, group: str | None = None) -> list[str]:
     """Return ``Name=value`` for each property, in the form in which ``systemd-run -p`` takes them."""
     model = request.model_id
     cache = f"/var/cache/{RUNTIME}/{model}"
-    properties = [f"{name}={value}" for name, value in _ALWAYS.items()]
-    properties += [f"{name}={value}" for name, value in (_GPU if request.needs_gpu else _CPU).items()]
-    properties += [f"DeviceAllow={device}" for device in _GPU_DEVICES] if request.needs_gpu else []
-    # Two lines of one filter: an allow-list, then what is taken out of it again.
-    properties += ["SystemCallFilter=@system-service", "SystemCallFilter=~@privileged @resources"]
+    properties = sandbox_properties(request)
+    properties += [f"{name}={value}" for name, value in _LOGGED.items()]
     properties += [f"Group={group}"] if group else []
     properties += [
         f"RuntimeDirectory={RUNTIME}/{model}",
@@ -100,8 +112,6 @@ def unit_properties(request: LaunchRequest, *, group: str | None = None) -> list
         "LogExtraFields=LLMSTUDIO=model",
         f"LogExtraFields=LLMSTUDIO_MODEL={model}",
     ]
-    properties += [f"BindReadOnlyPaths={_quote(file.host)}:{_quote(file.inside)}" for file in request.files]
-    properties += _executable_paths(request.argv[0])
     properties += [f"{name}={value}" for name, value in request.limits.items()]
     environment = {
         "HOME": cache,
@@ -111,21 +121,34 @@ def unit_properties(request: LaunchRequest, *, group: str | None = None) -> list
         "LLMSTUDIO_RECIPE_HASH": request.recipe_hash,
         "LLMSTUDIO_SOCKET": request.socket_path,
     }
-    properties += [f"Environment={_quote(f'{name}={value}')}" for name, value in environment.items()]
+    properties += _environment(environment)
     if request.recipe_file:
         properties.append(f"SourcePath={request.recipe_file}")
     return properties
 
 
-def _executable_paths(binary: str) -> list[str]:
-    """Nothing may be executed but the server and its libraries, as far as we know where those are.
+def _executable_paths(executables: Iterable[str]) -> list[str]:
+    """Nothing may be executed but the server and its libraries; none given: whatever lies outside the homes."""
+    paths = [*executables]
+    if not paths:
+        return ["ProtectHome=yes"]
+    # tmpfs, unlike yes, lets what is named be seen: a build that lies in somebody's home directory.
+    is_at_home = any(path.startswith(("/home/", "/root/")) for path in paths)
+    home = ["ProtectHome=tmpfs", *(f"BindReadOnlyPaths={_quote(path)}" for path in paths if _is_at_home(path))]
+    words = " ".join(_quote(path if path.startswith("-") else f"-{path}") for path in paths)
+    return [*(home if is_at_home else ["ProtectHome=yes"]), "NoExecPaths=/", f"ExecPaths={words}"]
 
-    A build of one's own keeps its libraries anywhere; there the home directories alone are closed.
-    """
-    if binary.startswith("/usr/bin/"):
-        return ["ProtectHome=yes", "NoExecPaths=/", f"ExecPaths={_quote(binary)} /usr/lib -/usr/lib64"]
-    is_at_home = binary.startswith(("/home/", "/root/"))
-    return ["ProtectHome=read-only" if is_at_home else "ProtectHome=yes"]
+
+def _is_at_home(path: str) -> bool:
+    return path.startswith(("/home/", "/root/"))
+
+
+def _environment(variables: Mapping[str, str]) -> list[str]:
+    return [f"Environment={_quote(f'{name}={value}')}" for name, value in variables.items()]
+
+
+def _yes(is_so: bool) -> str:  # noqa: FBT001 - it is its only argument
+    return "yes" if is_so else "no"
 
 
 def _quote(text: str) -> str:
@@ -141,6 +164,18 @@ def systemd_run_argv(request: LaunchRequest, *, group: str | None = None) -> lis
         "--no-ask-password", "--expand-environment=no", f"--description=LLM Studio model {request.model_id}",
     ]  # fmt: skip
     for item in unit_properties(request, group=group):
+        argv += ["-p", item]
+    return [*argv, "--", *request.argv]
+
+
+def question_argv(request: LaunchRequest, *, unit: str, timeout_s: float) -> list[str]:
+    """Return the ``systemd-run`` command line that lets a binary answer a question, in a model's sandbox."""
+    argv = [
+        "systemd-run", f"--unit={unit}", f"--slice={SLICE}", "--service-type=exec", "--quiet", "--pipe", "--wait",
+        "--collect", "--no-ask-password", "--expand-environment=no", "--description=LLM Studio asks llama-server",
+    ]  # fmt: skip
+    properties = [*sandbox_properties(request), *_environment({"HOME": "/nonexistent", **request.environment})]
+    for item in [*properties, f"RuntimeMaxSec={timeout_s:g}"]:
         argv += ["-p", item]
     return [*argv, "--", *request.argv]
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from llmstudiod.adapters.documents import read_document
 from llmstudiod.adapters.planner import Planner
+from llmstudiod.adapters.program import LocalProgram
 from llmstudiod.adapters.recipe_files import load_recipe_file
 from llmstudiod.adapters.settings_file import load_settings
+from llmstudiod.core.errors import BinaryError, LlmstudioError
 from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
 from llmstudiod.core.settings import DEFAULT_FILE, Settings
-from llmstudiod.errors import BinaryError, LlmstudioError
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 
 SETTINGS_FILE = Path(DEFAULT_FILE)
@@ -44,7 +45,7 @@ def _holds_settings(file: Path) -> bool:
 async def _plan(entries: list[RecipeEntry]) -> list[Fault]:
     """Make each recipe's plan without carrying it out."""
     settings = load_settings(SETTINGS_FILE).settings if os.access(SETTINGS_FILE, os.R_OK) else Settings()
-    planner = Planner(settings, SubprocessLauncher(Path(settings.runtime_dir)), os.environ)
+    planner = Planner(settings, SubprocessLauncher(Path(settings.runtime_dir)), LocalProgram(settings, os.environ))
     faults = []
     for entry in entries:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from llmstudiod.errors import DaemonUnreachableError, LlmstudioError
+from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
 
 DEFAULT_SOCKET = "/run/llmstudio/admin.sock"
 SOCKET_VARIABLE = "LLMSTUDIO_ADMIN_SOCKET"

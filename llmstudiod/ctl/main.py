@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmstudiod import __version__
+from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
 from llmstudiod.ctl import show
 from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
-from llmstudiod.errors import DaemonUnreachableError, LlmstudioError
 
 Command = Callable[[Client, argparse.Namespace], int]
 

@@ -13,14 +13,15 @@ from aiohttp import web
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import progress_mark
+from llmstudiod.adapters.program import LocalProgram, Program
 from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
 from llmstudiod.core.catalogue import Catalogue
+from llmstudiod.core.errors import ConfigError, LlmstudioError
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.recipe import Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
-from llmstudiod.errors import ConfigError, LlmstudioError
 from llmstudiod.http.admin import Admin
 from llmstudiod.http.client import EndpointServer
 from llmstudiod.http.fast_path import FastPath
@@ -29,6 +30,7 @@ from llmstudiod.http.proxy import FORWARDED_POSTS, Proxy
 from llmstudiod.http.relay import Pools
 from llmstudiod.launchers import systemd
 from llmstudiod.launchers.base import Launcher
+from llmstudiod.launchers.privileged import PrivilegedClient, PrivilegedProgram
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.supervisor import Supervisor
 
@@ -49,8 +51,8 @@ class Application:
         found = found or _read(config, environment)
         self.loaded: LoadedSettings = found.settings
         settings = self.loaded.settings
-        self.launcher = choose_launcher(settings)
-        self.planner = Planner(settings, self.launcher, os.environ)
+        self.launcher, program = choose_launcher(settings)
+        self.planner = Planner(settings, self.launcher, program)
         self.pools = Pools()
         self.supervisor = Supervisor(
             scheduler=Scheduler(max_instances=settings.max_instances),
@@ -177,15 +179,16 @@ def _read(config: Path, environment: Mapping[str, str] | None) -> Configuration:
     return Configuration(settings, load_recipes(Path(settings.settings.recipes_dir)))
 
 
-def choose_launcher(settings: Settings) -> Launcher:
-    """Return the launcher that the settings ask for, or the one that works here.
+def choose_launcher(settings: Settings) -> tuple[Launcher, Program]:
+    """Return the launcher that the settings ask for, or the one that works here, and whom it asks about llama-server.
 
     Raises:
         ConfigError: systemd is asked for, and cannot be used.
     """
-    why_not = systemd.is_usable()
+    why_not = systemd.is_usable(settings.launcher_socket)
     if settings.launcher == "systemd" and why_not:
         raise ConfigError(f"launcher: systemd cannot be used: {why_not}", hint="set `launcher: auto`")
     if settings.launcher == "subprocess" or why_not:
-        return SubprocessLauncher(Path(settings.runtime_dir))
-    return systemd.SystemdLauncher()
+        return SubprocessLauncher(Path(settings.runtime_dir)), LocalProgram(settings, os.environ)
+    helper = PrivilegedClient(settings.launcher_socket)
+    return systemd.SystemdLauncher(helper), PrivilegedProgram(helper)

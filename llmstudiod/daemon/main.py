@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmstudiod import __version__
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.daemon import logs, sockets
 from llmstudiod.daemon.notify import Notifier
-from llmstudiod.errors import LlmstudioError
 
 if TYPE_CHECKING:
     from llmstudiod.daemon.application import Application

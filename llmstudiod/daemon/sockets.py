@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmstudiod.errors import ConfigError
+from llmstudiod.core.errors import ConfigError
 
 FIRST_FD = 3
 BACKLOG = 4096

@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.units import format_bytes
 from llmstudiod.ctl.client import Client
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
-from llmstudiod.errors import LlmstudioError
 
 MODEL = "demo"
 USUAL_PORT = 8080

@@ -17,11 +17,10 @@ from aiohttp import web
 
 from llmstudiod import __version__
 from llmstudiod.adapters.planner import Plan, Planner
+from llmstudiod.core.errors import AccessDeniedError, BadRequestError, LlmstudioError, NotFoundError
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.recipe import Fault, RecipeEntry
 from llmstudiod.core.settings import LoadedSettings
-from llmstudiod.core.unit import systemd_run_argv
-from llmstudiod.errors import AccessDeniedError, BadRequestError, LlmstudioError, NotFoundError
 from llmstudiod.http.answers import error_headers, json_bytes, json_response
 from llmstudiod.http.listing import Listing
 from llmstudiod.launchers.base import Launcher
@@ -222,11 +221,11 @@ class Admin:
         model = self._model(request)
         entry = self._supervisor.catalogue.entries[model]
         plan = await self._planner.plan(entry)
-        return json_response({"recipe": self._recipe_of(entry), **self._plan_of(plan)})
+        command = await self._launcher.show(plan.request)
+        return json_response({"recipe": self._recipe_of(entry), **self._plan_of(plan), "systemd_run": command})
 
     def _plan_of(self, plan: Plan) -> dict[str, Any]:
         context, request = plan.command.context, plan.request
-        unit = systemd_run_argv(request) if self._launcher.name == "systemd" else None
         return {
             "argv": list(request.argv),
             "environment": dict(request.environment),
@@ -238,7 +237,6 @@ class Admin:
             "notes": list(plan.command.notes),
             "llama_server": {"version": plan.binary.version, "source": plan.binary.source},
             "launcher": self._launcher.name,
-            "systemd_run": unit,
         }
 
     def _faults(self) -> list[Fault]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from llmstudiod.errors import LlmstudioError
+from llmstudiod.core.errors import LlmstudioError
 
 
 def json_bytes(value: object) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from llmstudiod.errors import BadRequestError
+from llmstudiod.core.errors import BadRequestError
 
 PARSE_UP_TO = 1 << 20
 TEMPLATE_TOKENS = 256

@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
-from llmstudiod.errors import BadRequestError, LlmstudioError
+from llmstudiod.core.errors import BadRequestError, LlmstudioError
 from llmstudiod.http.answers import error_response
 from llmstudiod.http.fast_parser import FastRequest, Verdict, parse_request
 from llmstudiod.http.fast_path import FastExchange, FastPath

@@ -8,7 +8,7 @@ very same bytes are given to aiohttp's parser, and nothing has happened yet.
 import functools
 from typing import Protocol
 
-from llmstudiod.errors import LlmstudioError
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.http.body import read_json_facts
 from llmstudiod.http.fast_parser import FastHead, FastRequest
 from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head

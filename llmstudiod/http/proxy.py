@@ -15,9 +15,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_exceptions import HTTPException
 from aiohttp.web_protocol import RequestPayloadError
 
-from llmstudiod.core.lifecycle import State
-from llmstudiod.core.units import format_bytes
-from llmstudiod.errors import (
+from llmstudiod.core.errors import (
     AccessDeniedError,
     BadRequestError,
     BodyTooLargeError,
@@ -26,6 +24,8 @@ from llmstudiod.errors import (
     UnavailableError,
     UpstreamCrashedError,
 )
+from llmstudiod.core.lifecycle import State
+from llmstudiod.core.units import format_bytes
 from llmstudiod.http import tokens
 from llmstudiod.http.answers import error_event, error_response, raw_error
 from llmstudiod.http.body import RequestFacts, cost_tokens, read_json_facts, read_multipart_facts

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
 
-from llmstudiod.errors import BadRequestError, UpstreamCrashedError
+from llmstudiod.core.errors import BadRequestError, UpstreamCrashedError
 from llmstudiod.http.answers import json_response
 
 ROUTES = frozenset({"/v1/tokenize", "/v1/detokenize", "/v1/count-tokens", "/v1/tokenize-chat-completions"})

@@ -44,6 +44,9 @@ class Launcher(Protocol):
     def socket_path(self, model_id: str) -> str:
         """Return where the model's server must listen."""
 
+    async def show(self, request: LaunchRequest) -> list[str] | None:
+        """Return the command line that starts the server's unit, or None when there are no units."""
+
     async def start(self, request: LaunchRequest) -> Unit:
         """Start the server; return once it is executing.
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmstudiod.adapters.binary import clean_environment
+from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.errors import LauncherError
 from llmstudiod.launchers.base import Exit, Unit
 from llmstudiod.launchers.log_buffer import LogBuffer, PipeDrain
 
@@ -47,6 +47,10 @@ class SubprocessLauncher:
     def socket_path(self, model_id: str) -> str:
         """Return the socket in a directory that only we may enter."""
         return str(self._runtime_dir / model_id / "llama.sock")
+
+    async def show(self, request: LaunchRequest) -> list[str] | None:  # noqa: ARG002 - the protocol's
+        """There are no units here."""
+        return None
 
     async def start(self, request: LaunchRequest) -> Unit:
         """Start the guard and the server under it."""

@@ -1,39 +1,35 @@
-"""Models as transient systemd units, through ``systemd-run``.
+"""Models as transient systemd units. What needs rights is asked of llmstudio-launcher; the rest is only looked at.
 
 Death is seen through a pidfd, some 2 ms after it happens; the journal is 150 to 300 ms late and only tells why.
 """
 
 import asyncio
-import grp
 import os
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.unit import PREFIX, inside_socket_path, systemd_run_argv, unit_name
-from llmstudiod.errors import LauncherError
+from llmstudiod.core.launcher_protocol import Show, Start, Stop
+from llmstudiod.core.unit import PREFIX, inside_socket_path, unit_name
 from llmstudiod.launchers.base import Exit, Unit
+from llmstudiod.launchers.privileged import PrivilegedHelper, launch_fields
 
-GROUP = "llmstudio-model"
 COMMAND_TIMEOUT_S = 45.0
 SETTLE_S = 0.05
 JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
 _SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus"
 _CLD_EXITED = "1"
-_NOT_LOADED = 5  # systemctl(1), "Exit Status"
 _EXIT_EXEC = "203"  # systemd.exec(5), "Process Exit Codes"
 
 
-def is_usable() -> str | None:
+def is_usable(launcher_socket: str) -> str | None:
     """Return why transient units cannot be used here, or None when they can."""
     if not Path("/run/systemd/system").is_dir():
         return "systemd is not PID 1 here"
-    if os.geteuid() != 0:
-        return "starting units needs root"
-    if shutil.which("systemd-run") is None:
-        return "systemd-run is not installed"
+    if not Path(launcher_socket).is_socket():
+        return f"there is no launcher at {launcher_socket} (systemctl start llmstudio-launcher.socket)"
     return None
 
 
@@ -43,8 +39,8 @@ class SystemdLauncher:
     name = "systemd"
     is_sandboxed = True
 
-    def __init__(self) -> None:
-        self._units: dict[str, Unit] = {}
+    def __init__(self, helper: PrivilegedHelper) -> None:
+        self._helper = helper
         self._left: list[str] | None = None
         self._clean_up_lock = asyncio.Lock()
 
@@ -52,27 +48,28 @@ class SystemdLauncher:
         """Return the socket in the unit's own runtime directory."""
         return inside_socket_path(model_id)
 
+    async def show(self, request: LaunchRequest) -> list[str] | None:
+        """Return the systemd-run command line with which the launcher would start the unit."""
+        answer = await self._helper.ask(Show(**launch_fields(request)))
+        command: list[str] = answer["command"]
+        return command
+
     async def start(self, request: LaunchRequest) -> Unit:
         """Start the unit; a failed one of the same name is cleared away first."""
         await self.clean_up()  # before our first unit, or it would be taken for a left one
         name = unit_name(request.model_id)
-        argv = systemd_run_argv(request, group=_group())
-        code, output = await _run(argv)
-        if code and "already loaded" in output:
-            await self._clear(name)
-            code, output = await _run(argv)
-        if code:
-            lines = [line.strip() for line in output.splitlines() if line.strip()]
+        try:
+            _ = await self._helper.ask(Start(**launch_fields(request)))
+        except LauncherError as error:
+            lines = [line.strip() for line in error.message.splitlines() if line.strip()]
             lines = lines or await _failed_start(name, request.argv[0])
             raise LauncherError(
                 f"cannot start {name}: {lines[0]}",
-                hint=f"`systemctl status {name}` and its journal tell more",
+                hint=error.hint or f"`systemctl status {name}` and its journal tell more",
                 details={"lines": lines[:5]},
-            )
+            ) from error
         shown = await _show(name)
-        unit = Unit(request.model_id, name, int(shown["MainPID"]), shown["InvocationID"])
-        self._units[request.model_id] = unit
-        return unit
+        return Unit(request.model_id, name, int(shown["MainPID"]), shown["InvocationID"])
 
     async def wait(self, unit: Unit) -> Exit:
         """Return when the unit's process has ended and systemd has settled its state."""
@@ -93,21 +90,11 @@ class SystemdLauncher:
     async def stop(self, model_id: str, *, is_forced: bool) -> None:
         """Stop the unit: SIGTERM, ten seconds, SIGKILL, as its properties say."""
         name = unit_name(model_id)
-        if is_forced:
-            await _run(["systemctl", "kill", "--signal=SIGKILL", name])
-        complaint = await self._clear(name)
-        if complaint is not None:
-            raise LauncherError(f"cannot stop {name}: {complaint}", hint=f"try `systemctl stop {name}` by hand")
-        self._units.pop(model_id, None)
-
-    @staticmethod
-    async def _clear(name: str) -> str | None:
-        """Stop a unit and free its name; return what systemctl had against it."""
-        # A unit is ordered before llmstudiod.service, so that at shutdown the daemon drains first. But then the stop of
-        # the daemon would wait for us, and an ordered stop of the unit for the daemon's: this one must not wait.
-        code, output = await _run(["systemctl", "stop", "--job-mode=ignore-dependencies", name])
-        await _run(["systemctl", "reset-failed", name])
-        return None if code in (0, _NOT_LOADED) else output.strip() or f"systemctl ended with {code}"
+        try:
+            _ = await self._helper.ask(Stop(model_id, is_forced))
+        except LauncherError as error:
+            hint = f"try `systemctl stop {name}` by hand"
+            raise LauncherError(f"cannot stop {name}: {error.message}", hint=hint) from error
 
     async def lines(self, model_id: str, *, limit: int) -> list[str]:
         """Return the last lines of the unit's journal, of earlier runs too."""
@@ -139,19 +126,12 @@ class SystemdLauncher:
     async def _stop_left(self) -> list[str]:
         _, output = await _run(["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{PREFIX}*.service"])
         names = [line.split()[0] for line in output.splitlines() if line.split()]
-        await asyncio.gather(*(self._clear(name) for name in names))
-        return [name.removeprefix(PREFIX).removesuffix(".service") for name in names]
+        models = [name.removeprefix(PREFIX).removesuffix(".service") for name in names]
+        await asyncio.gather(*(self.stop(model, is_forced=False) for model in models))
+        return models
 
     async def close(self) -> None:
         """Units belong to systemd; there is nothing to give up."""
-
-
-def _group() -> str | None:
-    """Return the group of the models' sockets where the package has made it."""
-    try:
-        return grp.getgrnam(GROUP).gr_name
-    except KeyError:
-        return None  # with DynamicUser= systemd would silently invent one
 
 
 async def _run(argv: Sequence[str]) -> tuple[int, str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llmstudiod.adapters.planner import Plan, Planner
 from llmstudiod.core.command import Command, Context, ServerBinary
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.recipe import RecipeEntry
-from llmstudiod.errors import LlmstudioError
 from llmstudiod.launchers.base import Exit, Launcher, Unit
 from tests.integration.fake_upstream import FakeUpstream
 

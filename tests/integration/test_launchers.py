@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import pytest
 
+from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.errors import LauncherError
 from llmstudiod.launchers.base import Exit, Launcher, Unit
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.launchers.systemd import SystemdLauncher

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.lifecycle import State
-from llmstudiod.errors import LauncherError
 from llmstudiod.launchers.base import Exit
 from tests.integration.fake_upstream import SSE_HEAD, Call, answer, chunk, event, reset_on_close
 from tests.integration.house import Answer, Client, House, eventually, open_house

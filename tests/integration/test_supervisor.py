@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmstudiod.core.errors import LauncherError, LlmstudioError, LoadFailedError, ModelNotFoundError
 from llmstudiod.core.lifecycle import State
-from llmstudiod.errors import LauncherError, LlmstudioError, LoadFailedError, ModelNotFoundError
 from llmstudiod.launchers.base import Exit
 from tests.integration.house import House, eventually, open_house
 

@@ -20,6 +20,7 @@ DIST_PACKAGES = "/usr/lib/python3/dist-packages"
 EXECUTABLES = {
     "/usr/bin/llmstudioctl": "llmstudiod.ctl.main:main",
     "/usr/libexec/llmstudiod/llmstudiod": "llmstudiod.daemon.main:main",
+    "/usr/libexec/llmstudiod/llmstudio-launcher": "llmstudiod.privileged.__main__:main",
 }
 UNIT_SUFFIXES = {".service", ".socket", ".slice", ".target", ".timer", ".path", ".d"}
 EXECUTABLE = """\

@@ -14,7 +14,7 @@ from .host import Host  # noqa: TID252
 T = TypeVar("T")
 
 SERVICE = "llmstudiod.service"
-SOCKETS = ("llmstudiod.socket", "llmstudiod-admin.socket")
+SOCKETS = ("llmstudiod.socket", "llmstudiod-admin.socket", "llmstudio-launcher.socket")
 BASE_URL = "http://127.0.0.1:8080"
 RECIPES = "/etc/llmstudio/recipes.d"
 MODELS = "/var/lib/llmstudio/models"

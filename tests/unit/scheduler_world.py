@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, assert_never
 
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.events import (
     Action,
     BecameReady,
@@ -40,7 +41,6 @@ from llmstudiod.core.events import (
 )
 from llmstudiod.core.lifecycle import Failure, InstanceView, ModelSpec, State, StopCause, UpstreamFacts
 from llmstudiod.core.scheduler import Scheduler
-from llmstudiod.errors import LlmstudioError
 
 LOAD_S = 3.0
 """Seconds from the start of a unit until it is ready, unless a test scripts it otherwise."""

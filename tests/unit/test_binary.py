@@ -10,7 +10,7 @@ import pytest
 
 from llmstudiod.adapters.binary import check_argv, find_binary, probe_binary
 from llmstudiod.core.command import ServerBinary
-from llmstudiod.errors import BinaryError
+from llmstudiod.core.errors import BinaryError
 from tests.unit.fake_server import calls, write_program
 
 HAS_ENGINE = importlib.util.find_spec("xllamacpp") is not None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmstudiod.errors import BadRequestError
+from llmstudiod.core.errors import BadRequestError
 from llmstudiod.http.body import TEMPLATE_TOKENS, RequestFacts, cost_tokens, read_json_facts, read_multipart_facts
 
 NEVER_PARSE = 0

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmstudiod.core.catalogue import Catalogue, build_catalogue
+from llmstudiod.core.errors import BadRequestError, ModelNotFoundError
 from llmstudiod.core.recipe import Fault, Recipe, RecipeEntry, Severity
-from llmstudiod.errors import BadRequestError, ModelNotFoundError
 
 
 def entry(model: str, *, file: str | None = "models.yaml", line: int | None = None, **fields: Any) -> RecipeEntry:

@@ -22,9 +22,9 @@ from llmstudiod.core.command import (
     build_command,
     plan_context,
 )
+from llmstudiod.core.errors import LoadFailedError
 from llmstudiod.core.flags import parse_help_flags
 from llmstudiod.core.recipe import MAX_CONTEXT, LoraAdapter, Recipe
-from llmstudiod.errors import LoadFailedError
 
 HELP = Path(__file__).parents[1] / "data" / "llama-server-0.7.0-help.txt"
 KNOWN = parse_help_flags(HELP.read_text())

@@ -23,19 +23,18 @@ USERS_OF_READERS = {"core.recipe_reader", "core.settings_reader"}
 # What the modules of a layer may import from the package, by the longest prefix that fits; a name stands for itself
 # and everything below it. `llmstudiod` alone is the package's __init__, with the version.
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "core": {"core", "errors"},
-    "launchers": {"launchers", "core", "errors", "adapters.binary"},
-    "adapters": {"adapters", "core", "errors", ""},
-    "adapters.planner": {"adapters", "core", "errors", "launchers.base"},
-    "supervisor": {"supervisor", "adapters", "core", "errors", "launchers.base"},
-    "http": {"http", "supervisor", "adapters", "core", "errors", "launchers", ""},
-    "daemon": {"daemon", "http", "supervisor", "adapters", "core", "errors", "launchers", ""},
+    "core": {"core"},
+    "launchers": {"launchers", "core", "adapters.binary"},
+    "adapters": {"adapters", "core", ""},
+    "adapters.planner": {"adapters", "core", "launchers.base"},
+    "supervisor": {"supervisor", "adapters", "core", "launchers.base"},
+    "http": {"http", "supervisor", "adapters", "core", "launchers", ""},
+    "daemon": {"daemon", "http", "supervisor", "adapters", "core", "launchers", ""},
     # Programs of their own beside the daemon.
-    "ctl": {"ctl", "adapters", "launchers.subprocess", "core", "errors", ""},
-    "demo": {"demo", "core", "errors"},
-    "demo.__main__": {"demo", "ctl.client", "core", "errors"},
-    "engine": {"engine", "core", "errors"},
+    "ctl": {"ctl", "adapters", "launchers.subprocess", "core", ""},
+    "demo": {"demo", "core"},
+    "demo.__main__": {"demo", "ctl.client", "core"},
+    "engine": {"engine", "core"},
 }
 
 

@@ -7,9 +7,9 @@ import pytest
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.recipe_files import load_recipes
 from llmstudiod.core.catalogue import Catalogue
+from llmstudiod.core.errors import ModelNotFoundError
 from llmstudiod.core.recipe import Severity
 from llmstudiod.core.settings import Settings
-from llmstudiod.errors import ModelNotFoundError
 from tests.gguf_files import write_model, write_shards
 
 

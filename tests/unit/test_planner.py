@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from llmstudiod.adapters.planner import Planner
+from llmstudiod.core.errors import BinaryError, LoadFailedError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.recipe import Limits, LoraAdapter, Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.demo.tiny_gguf import Fault, TinyModel, write_tiny_gguf
-from llmstudiod.errors import BinaryError, LoadFailedError
 from llmstudiod.launchers.base import Exit, Unit
 from tests.gguf_files import write_shards
 from tests.unit.fake_server import GOOD, calls, write_program

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from llmstudiod.adapters.recipe_files import load_recipe_file, load_recipes
 from llmstudiod.core.catalogue import build_catalogue
+from llmstudiod.core.errors import ModelNotFoundError
 from llmstudiod.core.flag_table import FLAGS
 from llmstudiod.core.recipe import Fault, Limits, LoadedRecipes, LoraAdapter, Recipe, Severity, recipe_hash
 from llmstudiod.core.recipe_names import FOREIGN, IGNORED
 from llmstudiod.core.recipe_reader import parse_recipes
 from llmstudiod.core.yaml_lines import Document, parse_document
-from llmstudiod.errors import ModelNotFoundError
 
 EXAMPLE = (
     '{"id":"llama3-8b-q4","name":"Llama 3 8B Q4_K_M","model_path":"/models/Meta-Llama-3-8B-Instruct-Q4_K_M.gguf",'

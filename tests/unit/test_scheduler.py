@@ -4,6 +4,11 @@ import dataclasses
 
 import pytest
 
+from llmstudiod.core.errors import (
+    LoadFailedError,
+    ModelNotFoundError,
+    QueueFullError,
+)
 from llmstudiod.core.events import (
     BecameReady,
     Event,
@@ -15,11 +20,6 @@ from llmstudiod.core.events import (
     UnitStarted,
 )
 from llmstudiod.core.lifecycle import STORY_LENGTH, State, StopCause, UpstreamFacts
-from llmstudiod.errors import (
-    LoadFailedError,
-    ModelNotFoundError,
-    QueueFullError,
-)
 from tests.unit.scheduler_world import LOAD_S, OOM, Place, one_of, ready, spec, world_of
 
 # Requests and starts

@@ -2,19 +2,19 @@
 
 import pytest
 
-from llmstudiod.core.events import (
-    StopUnit,
-    UnitFailed,
-)
-from llmstudiod.core.lifecycle import State, StopCause
-from llmstudiod.core.scheduler import BACK_OFF_S, OVERTAKE_S, STABLE_S
-from llmstudiod.errors import (
+from llmstudiod.core.errors import (
     BackingOffError,
     LoadStalledError,
     ModelNotFoundError,
     ShuttingDownError,
     UpstreamCrashedError,
 )
+from llmstudiod.core.events import (
+    StopUnit,
+    UnitFailed,
+)
+from llmstudiod.core.lifecycle import State, StopCause
+from llmstudiod.core.scheduler import BACK_OFF_S, OVERTAKE_S, STABLE_S
 from tests.unit.scheduler_world import LOAD_S, OOM, Place, one_of, ready, spec, world_of
 
 # Operators

@@ -2,14 +2,14 @@
 
 import pytest
 
+from llmstudiod.core.errors import (
+    UnavailableError,
+)
 from llmstudiod.core.events import (
     Timer,
 )
 from llmstudiod.core.lifecycle import State, StopCause
 from llmstudiod.core.scheduler import OVERTAKE_S
-from llmstudiod.errors import (
-    UnavailableError,
-)
 from tests.unit.scheduler_world import LOAD_S, OOM, Place, World, one_of, ready, spec, world_of
 
 # Room

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llmstudiod.core.errors import ConfigError
 from llmstudiod.daemon import sockets
-from llmstudiod.errors import ConfigError
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""What llama-server says when it is asked about itself, and what that means. Whoever asks it runs it elsewhere."""
+
+import posixpath
+import re
+import shlex
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from llmstudiod.core.command import ServerBinary
+from llmstudiod.core.errors import BinaryError
+from llmstudiod.core.flags import parse_help_flags, parse_known_flags
+
+QUESTIONS = ("--version", "--completion-bash", "--help", "--list-devices")
+
+Answer = tuple[int, str]
+"""Exit code (negative: the signal) and everything that was printed."""
+
+_LIBRARY = re.compile(r"(?:=> )?(/\S+) \(0x")
+_SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
+
+
+def described(binary: ServerBinary, answers: Mapping[str, Answer]) -> ServerBinary:
+    """Return ``binary`` with its version, flags and devices.
+
+    Raises:
+        BinaryError: It did not even tell its version.
+    """
+    code, text = answers["--version"]
+    if code != 0:
+        command = shlex.join([*binary.argv, "--version"])
+        raise BinaryError(
+            f"`{command}` {ended(code)}: {last_line(text) or 'it printed nothing'}",
+            hint="run it by hand: libraries may be missing, or it is built for another machine",
+        )
+    return replace(
+        binary,
+        version=next((line for line in text.splitlines() if "version" in line), "").removeprefix("version: "),
+        known_flags=parse_known_flags(answers["--completion-bash"][1]) | parse_help_flags(answers["--help"][1]),
+        devices=_devices(answers["--list-devices"][1]),
+    )
+
+
+def complaint(answer: Answer) -> str | None:
+    """Return what the binary's parser has against a command line, from its answer to it with ``--version``."""
+    code, output = answer
+    if code == 0:
+        return None
+    telling = [line for line in output.splitlines() if line.startswith(("error", "error while"))]
+    return telling[0] if telling else last_line(output) or f"it {ended(code)}"
+
+
+def executables(binary: str, ldd_output: str) -> tuple[str, ...]:
+    """Return the paths from which a server must be able to execute: itself and its libraries.
+
+    ``binary`` is its real place. Backends of ggml are loaded from beside the binary or beside its libraries, so
+    outside the system's own directories the whole directories count. Source of the format: ldd(1).
+
+    >>> executables("/opt/llama/bin/llama-server", "  libllama.so => /opt/llama/lib/libllama.so (0x00007f)")
+    ('/opt/llama/bin/llama-server', '/usr/lib', '/usr/lib64', '/opt/llama/bin', '/opt/llama/lib')
+    """
+    libraries = [posixpath.dirname(path) for path in _LIBRARY.findall(ldd_output)]
+    own = [] if posixpath.dirname(binary) in {"/usr/bin", "/usr/local/bin", "/bin"} else [posixpath.dirname(binary)]
+    extra = [path for path in [*own, *libraries] if not _is_below(path, _SYSTEM)]
+    return tuple(dict.fromkeys([binary, "/usr/lib", "/usr/lib64", *extra]))
+
+
+def ended(code: int) -> str:
+    """Return how a command ended, as the end of a sentence."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was killed by {name}"
+
+
+def last_line(text: str) -> str:
+    """Return the last line that says something."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else ""
+
+
+def _is_below(path: str, directories: Iterable[str]) -> bool:
+    return any(path == directory or path.startswith(f"{directory}/") for directory in directories)
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    lines = [line.strip() for line in text.splitlines() if line.startswith("  ")]
+    return tuple(line.partition(":")[0] for line in lines if ":" in line)

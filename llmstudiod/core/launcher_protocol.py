@@ -1,0 +1,225 @@
+"""What the privileged launcher can be asked: one line of JSON each, written by the daemon, believed by nobody.
+
+Everything that is not named here is refused: unknown verbs, unknown or missing or repeated keys, values of another
+type or out of their range. What a request *means* (is this recipe root's, is this model where models may lie) is the
+launcher's to judge; a request that passes here is only well-formed.
+"""
+
+import json
+import posixpath
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from llmstudiod.core.errors import BadRequestError
+from llmstudiod.core.recipe import ID_PATTERN
+
+MAX_REQUEST_BYTES = (1 << 20) + (1 << 18)  # a recipe file of its largest size, escaped by a sane author
+
+_ID = re.compile(ID_PATTERN)
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_GPU = re.compile(r"(GPU|MIG)-[0-9A-Za-z/-]{1,80}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.(yaml|yml|json)")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A recipe to be started, checked or shown: which one, and what the daemon found out about its files.
+
+    ``file`` is None for a GGUF that is served without a recipe. ``model`` is the GGUF or first shard that the daemon
+    found where the recipe names a directory or a relative path. ``memory_max`` in bytes, 0: none.
+    """
+
+    id: str
+    hash: str
+    file: str | None
+    model: str
+    n_ctx_train: int | None = None
+    memory_max: int = 0
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Start(Launch):
+    """Start the recipe's unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Show(Launch):
+    """Tell the ``systemd-run`` command line of `Start`, and start nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check(Launch):
+    """Let the binary's own parser read the command line, in the model's sandbox."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop a model's unit and free its name; ``is_forced``: SIGKILL first."""
+
+    id: str
+    is_forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Free the name of a failed unit."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Tell what the binary is and what it can do."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutRecipe:
+    """Write a recipe file into the recipes directory."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRecipe:
+    """Remove a recipe file from the recipes directory."""
+
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutKeys:
+    """Replace the file of API keys, which holds hashes."""
+
+    text: str
+
+
+Request = Start | Show | Check | Stop | Reset | Probe | PutRecipe | DeleteRecipe | PutKeys
+
+VERBS: Mapping[str, type[Any]] = {
+    "start": Start,
+    "show": Show,
+    "check": Check,
+    "stop": Stop,
+    "reset": Reset,
+    "probe": Probe,
+    "put-recipe": PutRecipe,
+    "delete-recipe": DeleteRecipe,
+    "put-keys": PutKeys,
+}
+_NAMES = {kind: verb for verb, kind in VERBS.items()}
+
+
+def write_request(request: Request) -> bytes:
+    """Return the request as its line."""
+    return json.dumps({"verb": _NAMES[type(request)], **asdict(request)}).encode() + b"\n"
+
+
+def parse_request(line: bytes) -> Request:
+    """Return the request in a line.
+
+    Raises:
+        BadRequestError: It is none; the message says what was found and what was expected.
+    """
+    if len(line) > MAX_REQUEST_BYTES:
+        raise BadRequestError(f"expected a request of at most {MAX_REQUEST_BYTES} bytes, found more")
+    try:
+        raw = json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError(f"expected a request as one line of JSON: {str(error)[:200]}") from None
+    if not isinstance(raw, dict):
+        raise BadRequestError("expected a request as a JSON object")
+    verb = raw.pop("verb", None)
+    kind = VERBS.get(verb) if isinstance(verb, str) else None
+    if kind is None:
+        raise BadRequestError(f"expected a verb ({', '.join(VERBS)}), found {_shown(verb)}")
+    names = {field.name: field.default is MISSING for field in fields(kind)}
+    if unknown := raw.keys() - names.keys():
+        raise BadRequestError(f"{verb}: expected no key {_shown(min(unknown))}")
+    if missing := [name for name, is_needed in names.items() if is_needed and name not in raw]:
+        raise BadRequestError(f"{verb}: expected a key '{missing[0]}', found none")
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        expected, convert = _CHECKS["file name" if name == "file" and kind in _WRITERS else name]
+        values[name] = convert(value)
+        if values[name] is _WRONG:
+            raise BadRequestError(f"{verb}: {name}: expected {expected}, found {_shown(value)}")
+    request: Request = kind(**values)
+    return request
+
+
+_WRITERS = (PutRecipe, DeleteRecipe)
+_WRONG = object()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
+def _shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _matching(pattern: re.Pattern[str]) -> Callable[[object], object]:
+    return lambda value: value if isinstance(value, str) and pattern.fullmatch(value) else _WRONG
+
+
+def _path(value: object) -> object:
+    if not isinstance(value, str) or not value.startswith("/") or value.startswith("//"):
+        return _WRONG
+    try:
+        is_short = len(value.encode()) <= 4095
+    except UnicodeEncodeError:
+        return _WRONG
+    return value if is_short and not _CONTROL.search(value) and posixpath.normpath(value) == value else _WRONG
+
+
+def _optional(check: Callable[[object], object]) -> Callable[[object], object]:
+    return lambda value: None if value is None else check(value)
+
+
+def _whole(least: int, most: int) -> Callable[[object], object]:
+    return lambda value: value if type(value) is int and least <= value <= most else _WRONG
+
+
+def _truth(value: object) -> object:
+    return value if isinstance(value, bool) else _WRONG
+
+
+def _gpus(value: object) -> object:
+    is_good = isinstance(value, list) and len(value) <= 64 and all(_matching(_GPU)(item) is item for item in value)
+    return tuple(value) if is_good and isinstance(value, list) else _WRONG
+
+
+def _text(value: object) -> object:
+    if not isinstance(value, str):
+        return _WRONG
+    try:
+        return value if len(value.encode()) <= 1 << 20 else _WRONG
+    except UnicodeEncodeError:
+        return _WRONG
+
+
+_CHECKS: Mapping[str, tuple[str, Callable[[object], object]]] = {
+    "id": (f"an id ({ID_PATTERN})", _matching(_ID)),
+    "hash": ("sha256: and 64 hexadecimal digits", _matching(_HASH)),
+    "file": ("the absolute path of a recipe file, or null", _optional(_path)),
+    "file name": ("the name of a .yaml, .yml or .json file without a directory", _matching(_FILE_NAME)),
+    "model": ("the absolute path of a model file", _path),
+    "n_ctx_train": ("a whole number from 1 to 2^31, or null", _optional(_whole(1, 1 << 31))),
+    "memory_max": ("a whole number of bytes up to 2^60", _whole(0, 1 << 60)),
+    "gpus": ("a list of at most 64 UUIDs of GPUs", _gpus),
+    "is_forced": ("true or false", _truth),
+    "text": ("text of at most 1 MiB", _text),
+}

@@ -1,0 +1,1 @@
+"""llmstudio-launcher: the only part that may start something. Everything else runs without any right."""
