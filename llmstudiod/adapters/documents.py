@@ -4,8 +4,8 @@ import os
 import stat
 from pathlib import Path
 
-from llmstudiod.core.recipe import Fault
-from llmstudiod.core.yaml_lines import MAX_FILE_BYTES, Document, parse_bytes
+from llmstudiod.core.recipe import MAX_FILE_BYTES, Fault
+from llmstudiod.core.yaml_lines import Document, parse_bytes
 
 
 def read_document(path: Path) -> Document | Fault:

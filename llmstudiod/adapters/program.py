@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from llmstudiod.adapters.binary import check_argv, probe_binary
-from llmstudiod.adapters.find_binary import INSTALL_HINT, find_binary
+from llmstudiod.adapters.find_binary import find_binary
+from llmstudiod.core.binary_answers import INSTALL_HINT
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import BinaryError
 from llmstudiod.core.launch import LaunchRequest

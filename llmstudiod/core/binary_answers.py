@@ -3,7 +3,6 @@
 import posixpath
 import re
 import shlex
-import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -11,13 +10,39 @@ from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import BinaryError
 from llmstudiod.core.flags import parse_help_flags, parse_known_flags
 
+INSTALL_HINT = (
+    "install llama.cpp's llama-server (Debian: `apt install llama.cpp-tools`) or the embedded engine "
+    "(`pip install 'llmstudiod[engine]'`), or set llama_server in llmstudiod.yaml"
+)
 QUESTIONS = ("--version", "--completion-bash", "--help", "--list-devices")
 
 Answer = tuple[int, str]
 """Exit code (negative: the signal) and everything that was printed."""
 
 _LIBRARY = re.compile(r"(?:=> )?(/\S+) \(0x")
+_SIGNALS: Mapping[int, str] = {  # signal(7), x86 and ARM
+    4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM", 31: "SIGSYS",
+}  # fmt: skip
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
+
+
+def chosen_binary(
+    *, setting: str | None, variable: str | None, on_path: str | None, engine: tuple[str, ...] | None
+) -> ServerBinary:
+    """Return the program to run, not yet asked anything: the first that is given.
+
+    Raises:
+        BinaryError: There is none, or it is not named by its whole path.
+    """
+    for source, path in (("llama_server", setting), ("LLAMA_SERVER_PATH", variable), ("PATH", on_path)):
+        if path and not path.startswith("/"):
+            hint = "write it from the root on, such as /usr/bin/llama-server"
+            raise BinaryError(f"{source}: expected an absolute path, found '{path}'", hint=hint)
+        if path:
+            return ServerBinary((path,), source)
+    if engine:
+        return ServerBinary(engine, "the embedded engine", is_engine=True)
+    raise BinaryError("there is no llama-server on this machine", hint=INSTALL_HINT)
 
 
 def described(binary: ServerBinary, answers: Mapping[str, Answer]) -> ServerBinary:
@@ -69,8 +94,7 @@ def ended(code: int) -> str:
     """Return how a command ended, as the end of a sentence."""
     if code >= 0:
         return f"ended with exit code {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return f"was killed by {name}"
+    return f"was killed by {_SIGNALS.get(-code, f'signal {-code}')}"
 
 
 def last_line(text: str) -> str:

@@ -44,8 +44,8 @@ class ServerBinary:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the binary of which ``values`` is the `as_dict`."""
-        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**{**lists, "known_flags": frozenset(values["known_flags"])})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**{**fields, "known_flags": frozenset(values["known_flags"])})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""

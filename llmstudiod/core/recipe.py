@@ -17,6 +17,9 @@ from llmstudiod.core.lifecycle import ModelSpec
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
+MAX_FILE_BYTES = 1 << 20
+"""The longest recipe or settings file."""
+
 MAX_CONTEXT = 1 << 24
 """The most tokens that a recipe may ask for; llama-server hangs or is killed at absurd values instead of refusing."""
 

@@ -39,7 +39,8 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the settings of which ``values`` are the fields, as JSON holds them; nothing is checked again."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
 
     def lifecycle_defaults(self) -> LifecycleDefaults:
         """Return the part that recipes may override."""

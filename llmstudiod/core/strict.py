@@ -36,8 +36,8 @@ def refuse_put(new: LoadedRecipes, old: LoadedRecipes | None, outside: Iterable[
         AccessDeniedError: What is wrong, all of it.
     """
     faults = [*new.faults, *(fault for entry in new.entries for fault in refused_over_http(entry.recipe)), *outside]
-    for fault in _by_hand(old):
-        faults.append(replace(fault, message=f"the file that is there was written by hand: {fault.message}"))
+    there = "the file that is there was written by hand: "
+    faults += [replace(fault, message=there + fault.message) for fault in _by_hand(old)]
     if faults or not new.entries:
         told = "; ".join(str(fault) for fault in faults[:10]) or "it holds no recipe"
         raise AccessDeniedError(f"the recipe cannot be written: {told}", hint=_BY_HAND)

@@ -11,6 +11,7 @@ from llmstudiod.core.launch import LaunchRequest
 
 SLICE = "llmstudio-models.slice"
 PREFIX = "llmstudio-model-"
+GROUP = "llmstudio-model"  # may connect to the sockets; if nobody made it, DynamicUser= invents one
 RUNTIME = "llmstudio-models"  # below /run and /var/cache
 
 _ALWAYS: Mapping[str, str] = {
@@ -96,14 +97,14 @@ def sandbox_properties(request: LaunchRequest) -> list[str]:
     return [*properties, *_executable_paths(request.executables)]
 
 
-def unit_properties(request: LaunchRequest, *, group: str | None = None) -> list[str]:
+def unit_properties(request: LaunchRequest) -> list[str]:
     """Return ``Name=value`` for each property, in the form in which ``systemd-run -p`` takes them."""
     model = request.model_id
     cache = f"/var/cache/{RUNTIME}/{model}"
     properties = sandbox_properties(request)
     properties += [f"{name}={value}" for name, value in _LOGGED.items()]
-    properties += [f"Group={group}"] if group else []
     properties += [
+        f"Group={GROUP}",
         f"RuntimeDirectory={RUNTIME}/{model}",
         "RuntimeDirectoryMode=0750",
         f"CacheDirectory={RUNTIME}/{model}",
@@ -157,13 +158,13 @@ def _quote(text: str) -> str:
     return f'"{escaped}"'
 
 
-def systemd_run_argv(request: LaunchRequest, *, group: str | None = None) -> list[str]:
+def systemd_run_argv(request: LaunchRequest) -> list[str]:
     """Return the whole ``systemd-run`` command line that starts the unit."""
     argv = [
         "systemd-run", f"--unit={unit_name(request.model_id)}", f"--slice={SLICE}", "--service-type=exec", "--quiet",
         "--no-ask-password", "--expand-environment=no", f"--description=LLM Studio model {request.model_id}",
     ]  # fmt: skip
-    for item in unit_properties(request, group=group):
+    for item in unit_properties(request):
         argv += ["-p", item]
     return [*argv, "--", *request.argv]
 
@@ -178,6 +179,15 @@ def question_argv(request: LaunchRequest, *, unit: str, timeout_s: float) -> lis
     for item in [*properties, f"RuntimeMaxSec={timeout_s:g}"]:
         argv += ["-p", item]
     return [*argv, "--", *request.argv]
+
+
+def stop_argv(model_id: str) -> list[str]:
+    """Return the ``systemctl`` command line that stops the unit.
+
+    The unit is ordered before llmstudiod.service, so that at shutdown the daemon drains first. But then the stop of the
+    daemon would wait for the unit's, and an ordered stop of the unit for the daemon's: this one must not wait.
+    """
+    return ["systemctl", "stop", "--job-mode=ignore-dependencies", unit_name(model_id)]
 
 
 def inside_socket_path(model_id: str) -> str:

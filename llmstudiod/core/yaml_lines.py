@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
-from llmstudiod.core.recipe import Fault
+from llmstudiod.core.recipe import MAX_FILE_BYTES, Fault
 
-MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 20_000
 MAX_DEPTH = 20
 

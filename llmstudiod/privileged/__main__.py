@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from llmstudiod.core.errors import AccessDeniedError, BadRequestError, LlmstudioError
+from llmstudiod.core.errors import AccessDeniedError, BadRequestError, LauncherError, LlmstudioError
 from llmstudiod.core.launcher_protocol import MAX_REQUEST_BYTES, parse_request
 from llmstudiod.core.settings import DEFAULT_FILE
 from llmstudiod.privileged.store import Store
@@ -24,10 +24,8 @@ from llmstudiod.privileged.units import Units
 IDLE_S = 60.0
 READ_TIMEOUT_S = 10.0
 MAX_AT_ONCE = 64
-DAEMON_USER = "llmstudio"
 FIRST_FD = 3  # sd_listen_fds(3)
-
-logger = logging.getLogger("llmstudio-launcher")
+logger = logging.getLogger(__name__)
 
 
 def serve(listener: socket.socket, units: Units, *, uids: frozenset[int], idle_s: float = IDLE_S) -> None:
@@ -38,68 +36,57 @@ def serve(listener: socket.socket, units: Units, *, uids: frozenset[int], idle_s
         threads = [thread for thread in threads if thread.is_alive()]
         if not is_asked and not threads:
             return  # a connection that comes now waits in the socket, and systemd starts us again
-        if not is_asked:
-            continue
-        connection, _ = listener.accept()
-        if len(threads) >= MAX_AT_ONCE:
-            threads[0].join()
-        thread = threading.Thread(target=_answer, args=(connection, units, uids), daemon=True)
-        thread.start()
-        threads.append(thread)
+        if is_asked:
+            connection, _ = listener.accept()
+            if len(threads) >= MAX_AT_ONCE:
+                threads[0].join()
+            threads.append(threading.Thread(target=_serve_one, args=(connection, units, uids), daemon=True))
+            threads[-1].start()
 
 
-def _answer(connection: socket.socket, units: Units, uids: frozenset[int]) -> None:
+def _serve_one(connection: socket.socket, units: Units, uids: frozenset[int]) -> None:
     with connection:
         connection.settimeout(READ_TIMEOUT_S)
         try:
-            answer = _performed(connection, units, uids)
+            answer = _answer(connection, units, uids)
         except LlmstudioError as error:
             logger.info("refused or failed: %s", error.message)
-            told = {"kind": error.kind, "message": error.message, "hint": error.hint, "details": error.details}
-            answer = {"error": told}
-        except OSError as error:
-            answer = {"error": {"kind": "launcher", "message": str(error), "hint": None, "details": {}}}
-        except Exception:  # a bug must not take the others' requests down
+            answer = _error(error)
+        except Exception as error:  # whatever it is, it must not take the others' requests down
             logger.exception("internal error")
-            answer = {"error": {"kind": "internal", "message": "an internal error", "hint": None, "details": {}}}
+            answer = _error(LauncherError(f"llmstudio-launcher failed: {error}"))
         try:
             connection.sendall(json.dumps(answer).encode() + b"\n")
         except OSError as error:
             logger.info("the answer was not wanted any more: %s", error)
 
 
-def _performed(connection: socket.socket, units: Units, uids: frozenset[int]) -> dict[str, Any]:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
+def _answer(connection: socket.socket, units: Units, uids: frozenset[int]) -> dict[str, Any]:
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid not in uids:
         raise AccessDeniedError(f"uid {uid} may not ask llmstudio-launcher for anything")
-    request = parse_request(_line(connection))
-    return units.perform(request)
-
-
-def _line(connection: socket.socket) -> bytes:
     received = bytearray()
-    while b"\n" not in received and len(received) <= MAX_REQUEST_BYTES:
-        part = connection.recv(1 << 16)
-        if not part:
-            break
+    while b"\n" not in received and len(received) <= MAX_REQUEST_BYTES and (part := connection.recv(1 << 16)):
         received += part
     line, end, rest = bytes(received).partition(b"\n")
     if not end or rest:
-        raise BadRequestError("expected one line that ends in a line break")
-    return line
+        raise BadRequestError(f"expected one line of at most {MAX_REQUEST_BYTES} bytes that ends in a line break")
+    return units.perform(parse_request(line))
+
+
+def _error(error: LlmstudioError) -> dict[str, Any]:
+    return {"error": {"kind": error.kind, "message": error.message, "hint": error.hint, "details": error.details}}
 
 
 def main() -> int:
     """Serve the socket that systemd hands over; return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     if os.environ.get("LISTEN_FDS") != "1":
-        logger.error("llmstudio-launcher is started by systemd, by its socket llmstudio-launcher.socket")
+        logger.error("llmstudio-launcher is started by systemd, through llmstudio-launcher.socket")
         return 2
-    state = os.environ.get("STATE_DIRECTORY", "/var/lib/llmstudio-launcher")
-    uids = frozenset({0, pwd.getpwnam(DAEMON_USER).pw_uid})
+    store = Store(DEFAULT_FILE, Path(os.environ.get("STATE_DIRECTORY", "/var/lib/llmstudio-launcher")))
     with socket.socket(fileno=FIRST_FD) as listener:
-        serve(listener, Units(Store(DEFAULT_FILE, Path(state))), uids=uids)
+        serve(listener, Units(store), uids=frozenset({0, pwd.getpwnam("llmstudio").pw_uid}))
     return 0
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
 from llmstudiod.core.launcher_protocol import Launch
@@ -42,12 +42,7 @@ class Store:
         return settings
 
     def recipe(self, launch: Launch, settings: Settings) -> Recipe:
-        """Return the recipe that has the hash that is asked for.
-
-        Raises:
-            AccessDeniedError: The recipe, or its file, is not one that may be started.
-            ConfigError: The file holds another recipe by now, or a faulty one.
-        """
+        """Return the recipe that has the hash that is asked for, or raise an LlmstudioError that says why not."""
         if launch.file is None:
             recipe = Recipe(id=launch.id, model_path=launch.model)
             if not settings.auto_recipes or id_from_stem(Path(launch.model).stem) != launch.id:
@@ -64,8 +59,7 @@ class Store:
             return Recipe.from_dict(kept["recipe"])
         loaded = self._loaded(launch.file)
         recipe = wanted_recipe(loaded, model=launch.id, expected_hash=launch.hash, file=launch.file)
-        content = {"hash": launch.hash, "file": launch.file, "recipe": recipe.as_dict()}
-        self.keep(f"recipes/{launch.id}.json", content)
+        self.keep(f"recipes/{launch.id}.json", {"hash": launch.hash, "file": launch.file, "recipe": recipe.as_dict()})
         return recipe
 
     def put_recipe(self, name: str, text: str, settings: Settings) -> None:
@@ -89,10 +83,9 @@ class Store:
     def kept(self, name: str) -> dict[str, Any] | None:
         """Return what was kept under a name; what is lost or damaged is made again."""
         try:
-            kept: dict[str, Any] = json.loads((self._state / name).read_bytes())
+            return cast("dict[str, Any]", json.loads((self._state / name).read_bytes()))
         except (OSError, ValueError):
             return None
-        return kept
 
     def keep(self, name: str, content: dict[str, Any]) -> None:
         """Keep something in the launcher's own directory."""

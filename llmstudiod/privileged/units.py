@@ -1,31 +1,32 @@
 """Carries out what the launcher is asked, with systemd-run and systemctl."""
 
-import contextlib
 import grp
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, assert_never
 
-from llmstudiod.adapters.find_binary import find_binary
 from llmstudiod.core import launcher_protocol as ask
-from llmstudiod.core.binary_answers import QUESTIONS, Answer, complaint, described, executables
+from llmstudiod.core.binary_answers import QUESTIONS, Answer, chosen_binary, complaint, described, executables
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.gpu_nodes import gpu_nodes, nvidia_minors
 from llmstudiod.core.launch import LaunchRequest, launch_request, question
-from llmstudiod.core.unit import inside_socket_path, question_argv, systemd_run_argv, unit_name
+from llmstudiod.core.settings import Settings
+from llmstudiod.core.unit import inside_socket_path, question_argv, stop_argv, systemd_run_argv, unit_name
 from llmstudiod.privileged.files import checked, model_files
 from llmstudiod.privileged.store import Store, identity
 
-MODEL_GROUP = "llmstudio-model"
 COMMAND_TIMEOUT_S = 45.0
 QUESTION_TIMEOUT_S = 20.0
+NVIDIA = "/proc/driver/nvidia"
+GPU_NODES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd")
 _NOT_LOADED = 5  # systemctl(1), "Exit Status"
 
 
@@ -37,26 +38,22 @@ class Units:
         self._numbers = itertools.count(1)
 
     def perform(self, request: ask.Request) -> dict[str, Any]:
-        """Do what is asked, and return the answer.
-
-        Raises:
-            LlmstudioError: It is refused, or it failed.
-        """
+        """Do what is asked and return the answer, or raise an LlmstudioError that says why not."""
         settings = self._store.settings()
         match request:
             case ask.Start():
-                start_unit(self._request(request))
+                start_unit(self._request(request, settings))
             case ask.Show():
-                return {"command": systemd_run_argv(self._request(request), group=_group())}
+                return {"command": systemd_run_argv(self._request(request, settings))}
             case ask.Check():
-                wanted = self._request(request)
+                wanted = self._request(request, settings)
                 return {"complaint": complaint(self._ask(replace(wanted, argv=(*wanted.argv, "--version"))))}
             case ask.Stop():
                 stop_unit(request.id, is_forced=request.is_forced)
             case ask.Reset():
                 _run("systemctl", "reset-failed", unit_name(request.id))
             case ask.Probe():
-                return {"binary": self._binary().as_dict()}
+                return {"binary": self._binary(settings).as_dict()}
             case ask.PutRecipe():
                 self._store.put_recipe(request.file, request.text, settings)
             case ask.DeleteRecipe():
@@ -67,43 +64,37 @@ class Units:
                 assert_never(request)
         return {}
 
-    def _request(self, launch: ask.Launch) -> LaunchRequest:
-        settings = self._store.settings()
-        recipe = self._store.recipe(launch, settings)
+    def _request(self, launch: ask.Launch, settings: Settings) -> LaunchRequest:
+        """Return all that is started, derived from root's own files; the daemon adds numbers and GPUs."""
+        recipe, binary = self._store.recipe(launch, settings), self._binary(settings)
         files = model_files(recipe, launch, settings.model_dirs)
-        binary = self._binary()
-        socket_path = inside_socket_path(recipe.id)
-        request, command = launch_request(
-            recipe, files, binary, recipe_file=launch.file, socket_path=socket_path, is_sandboxed=True
+        place = inside_socket_path(recipe.id)
+        request, _ = launch_request(
+            recipe, files, binary, recipe_file=launch.file, socket_path=place, is_sandboxed=True
         )
         gpus = launch.gpus or (recipe.gpus if isinstance(recipe.gpus, tuple) else None)
-        nodes = () if recipe.gpus == "none" else gpu_nodes(binary.devices, gpus, minors=_minors(), nodes=_nodes())
+        information = {file.parent.name: file.read_text() for file in Path(NVIDIA).glob("gpus/*/information")}
+        nodes = gpu_nodes(binary.devices, gpus, minors=nvidia_minors(information), nodes=_gpu_nodes())
         fallback = {"MemoryMax": str(launch.memory_max), "MemorySwapMax": "0"} if launch.memory_max else {}
-        return replace(
-            request,
-            files=checked(command.files, files.chat_template_file),
-            limits={**fallback, **request.limits},
-            devices=nodes,
-            device_groups=_groups(nodes),
-        )
+        request = _with_devices(request, nodes if recipe.gpus != "none" else ())
+        bound = checked(request.files, files.chat_template_file)
+        return replace(request, files=bound, limits={**fallback, **request.limits})
 
-    def _binary(self) -> ServerBinary:
+    def _binary(self, settings: Settings) -> ServerBinary:
         """Return the binary with what it says of itself; asked again when the file on disk has changed."""
-        found = find_binary(self._store.settings().llama_server, os.environ)
+        variable, on_path = os.environ.get("LLAMA_SERVER_PATH"), shutil.which("llama-server")
+        engine = (sys.executable, "-m", "llmstudiod.engine") if find_spec("xllamacpp") else None
+        found = chosen_binary(setting=settings.llama_server, variable=variable, on_path=on_path, engine=engine)
         real = os.path.realpath(found.argv[0])
         seen = [*found.argv, *identity(real)]
         kept = self._store.kept("binary.json")
         if kept and kept["identity"] == seen:
             return ServerBinary.from_dict(kept["binary"])
         # It sees every GPU, and may execute what it likes, but in the sandbox.
-        nodes = _nodes()
-        asked = [
-            replace(question([*found.argv, flag]), devices=nodes, device_groups=_groups(nodes)) for flag in QUESTIONS
-        ]
-        with ThreadPoolExecutor(len(asked) + 1) as pool:
-            *answers, (_, libraries) = pool.map(self._ask, [*asked, question(["/usr/bin/ldd", real])])
+        answers = {flag: self._ask(_with_devices(question([*found.argv, flag]), _gpu_nodes())) for flag in QUESTIONS}
+        _, libraries = self._ask(question(["/usr/bin/ldd", real]))
         paths = (*executables(real, libraries), *((sys.prefix,) if found.is_engine else ()))
-        binary = replace(described(found, dict(zip(QUESTIONS, answers, strict=True))), executables=paths)
+        binary = replace(described(found, answers), executables=paths)
         self._store.keep("binary.json", {"identity": seen, "binary": binary.as_dict()})
         return binary
 
@@ -113,15 +104,8 @@ class Units:
 
 
 def start_unit(request: LaunchRequest) -> None:
-    """Start a model's unit; return when its program is being executed.
-
-    Raises:
-        LauncherError: systemd has not started it; the journal tells why.
-    """
-    if "/dev/nvidiactl" in request.devices and not os.path.exists("/dev/nvidia-uvm"):
-        # A node that is missing now stays forbidden to the unit. The launcher itself may load no driver.
-        _run("systemd-run", "--quiet", "--wait", "--collect", "--no-ask-password", "nvidia-modprobe", "-u", "-c=0")
-    argv = systemd_run_argv(request, group=_group())
+    """Start a model's unit and return when its program is being executed; LauncherError when systemd has not."""
+    argv = systemd_run_argv(request)
     code, output = _run(*argv)
     if code and "already loaded" in output:  # a failed run of before: its reason was to be seen until now
         _run("systemctl", "reset-failed", unit_name(request.model_id))
@@ -131,51 +115,36 @@ def start_unit(request: LaunchRequest) -> None:
 
 
 def stop_unit(model_id: str, *, is_forced: bool) -> None:
-    """Stop a model's unit and free its name; one that is not there is stopped.
-
-    Raises:
-        LauncherError: systemd could not.
-    """
-    name = unit_name(model_id)
+    """Stop a model's unit and free its name; one that is not there is stopped. LauncherError when systemd has not."""
     if is_forced:
-        _run("systemctl", "kill", "--signal=SIGKILL", name)
-    # A unit is ordered before llmstudiod.service, so that at shutdown the daemon drains first. But then the stop of the
-    # daemon would wait for us, and an ordered stop of the unit for the daemon's: this one must not wait.
-    code, output = _run("systemctl", "stop", "--job-mode=ignore-dependencies", name)
-    _run("systemctl", "reset-failed", name)
+        _run("systemctl", "kill", "--signal=SIGKILL", unit_name(model_id))
+    code, output = _run(*stop_argv(model_id))
+    _run("systemctl", "reset-failed", unit_name(model_id))
     if code not in (0, _NOT_LOADED):
         raise LauncherError(output.strip() or f"systemctl ended with {code}")
 
 
 def _run(*argv: str) -> Answer:
     """Run a command of systemd's; return its exit code and what it printed."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(argv, check=False, timeout=COMMAND_TIMEOUT_S, **pipes)  # type: ignore[call-overload]
+        done = subprocess.run(argv, check=False, timeout=COMMAND_TIMEOUT_S, **pipes)
     except subprocess.TimeoutExpired:
         return 124, f"{argv[0]} did not answer within {COMMAND_TIMEOUT_S:.0f} s"
     return done.returncode, done.stdout.decode(errors="replace")
 
 
-def _group() -> str | None:
-    """Return the group of the models' sockets where the package has made it; DynamicUser= would invent one."""
-    with contextlib.suppress(KeyError):
-        return grp.getgrnam(MODEL_GROUP).gr_name
-    return None
+def _gpu_nodes() -> list[str]:
+    """Return the nodes of all GPUs. What is missing at a unit's start stays forbidden to it, so CUDA's are made now."""
+    if os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/nvidia-uvm"):
+        # In a unit of its own, since the launcher may load no driver.
+        _run("systemd-run", "--quiet", "--wait", "--collect", "--no-ask-password", "nvidia-modprobe", "-u", "-c=0")
+    found = [node for pattern in GPU_NODES for node in Path("/dev").glob(pattern)]
+    return sorted(str(node) for node in found if not node.is_dir())
 
 
-def _nodes() -> tuple[str, ...]:
-    patterns = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd")
-    return tuple(sorted(str(node) for pattern in patterns for node in Path("/dev").glob(pattern) if not node.is_dir()))
-
-
-def _minors() -> list[tuple[str, int]]:
-    files = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    return nvidia_minors({file.parent.name: file.read_text() for file in files})
-
-
-def _groups(nodes: Sequence[str]) -> tuple[str, ...]:
-    """Return the groups that may open the nodes, where not everybody may."""
+def _with_devices(request: LaunchRequest, nodes: Sequence[str]) -> LaunchRequest:
+    """Return the request with its nodes, and with the groups that may open them where not everybody may."""
     closed = {status.st_gid for status in map(os.stat, nodes) if status.st_gid and not status.st_mode & 0o006}
-    known = {group.gr_gid: group.gr_name for group in grp.getgrall()}
-    return tuple(sorted(known[gid] for gid in closed & known.keys()))
+    groups = sorted(group.gr_name for group in grp.getgrall() if group.gr_gid in closed)
+    return replace(request, devices=tuple(nodes), device_groups=tuple(groups))

@@ -30,6 +30,10 @@ class FakeLauncher(Launcher):
         """Return where the model's server listens."""
         return str(self.directory / f"{model_id}.sock")
 
+    async def show(self, request: LaunchRequest) -> list[str] | None:
+        """There are no units."""
+        return None
+
     async def start(self, request: LaunchRequest) -> Unit:
         """Let the model's upstream listen, or fail as told."""
         self.starts.append(request.model_id)

@@ -14,15 +14,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.launcher_protocol import Request, Start, Stop
 from llmstudiod.launchers.base import Exit, Launcher, Unit
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.launchers.systemd import SystemdLauncher
+from llmstudiod.privileged.units import start_unit, stop_unit
 
 KIND = os.environ.get("LLMSTUDIO_TEST_LAUNCHER", "subprocess")
 T = TypeVar("T")
@@ -39,11 +41,30 @@ time.sleep(1000)
 
 
 @dataclass(frozen=True, slots=True)
+class AsRoot:
+    """In the place of llmstudio-launcher: what it does once it knows what to start, which here is no llama-server."""
+
+    requests: dict[str, LaunchRequest]
+
+    async def ask(self, request: Request) -> dict[str, Any]:
+        """Start or stop a unit."""
+        match request:
+            case Start():
+                await asyncio.to_thread(start_unit, self.requests[request.id])
+            case Stop():
+                await asyncio.to_thread(stop_unit, request.id, is_forced=request.is_forced)
+            case _:
+                raise NotImplementedError(request)
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
 class Rig:
     """A launcher and one model of its own: the journal keeps what the last test's model has said."""
 
     launcher: Launcher
     model: str
+    helper: AsRoot | None = None
 
     @property
     def socket_path(self) -> Path:
@@ -52,7 +73,7 @@ class Rig:
 
     def request(self, *argv: str) -> LaunchRequest:
         """What starts a program as if it were the model's server."""
-        return LaunchRequest(
+        request = LaunchRequest(
             model_id=self.model,
             recipe_hash="sha256:0",
             recipe_file=None,
@@ -61,6 +82,9 @@ class Rig:
             socket_path=str(self.socket_path),
             limits={"TimeoutStopSec": f"{GRACE_S}s"},
         )
+        if isinstance(self.helper, AsRoot):
+            self.helper.requests[self.model] = request
+        return request
 
     async def start(self, script: str) -> Unit:
         """Start a shell script."""
@@ -99,10 +123,11 @@ class Rig:
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     """The launcher under test; what a test has left running is stopped."""
+    helper = AsRoot({}) if KIND == "systemd" else None
     launcher: Launcher = (
-        SystemdLauncher() if KIND == "systemd" else SubprocessLauncher(tmp_path / "run", term_grace_s=GRACE_S)
+        SystemdLauncher(helper) if helper else SubprocessLauncher(tmp_path / "run", term_grace_s=GRACE_S)
     )
-    made = Rig(launcher, f"probe-{secrets.token_hex(3)}")
+    made = Rig(launcher, f"probe-{secrets.token_hex(3)}", helper)
     yield made
     await made.stop(is_forced=True)
     await launcher.close()
@@ -357,8 +382,9 @@ async def test_descendant_is_gone_after_the_stop(rig: Rig, spawn: str) -> None:
 DAEMON = """
 import asyncio, sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.launcher_protocol import Request, Start, Stop
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 
 async def main():
@@ -396,7 +422,8 @@ async def test_nothing_outlives_a_killed_daemon(tmp_path: Path, spawn: str) -> N
 @pytest.mark.skipif(KIND != "systemd", reason="nothing outlives the daemon there")
 async def test_units_of_an_earlier_daemon_are_stopped(rig: Rig) -> None:
     """A launcher that comes after a killed daemon stops what that one left, and says what it was."""
-    unit = await SystemdLauncher().start(rig.request("/bin/sh", "-c", FOR_EVER))
+    request = rig.request("/bin/sh", "-c", FOR_EVER)
+    unit = await SystemdLauncher(AsRoot({rig.model: request})).start(request)
     assert await rig.launcher.clean_up() == [rig.model]
     assert not is_alive(unit.pid)
     assert await rig.launcher.clean_up() == [rig.model]  # what it found, not what is there now

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmstudiod.adapters.binary import check_argv, find_binary, probe_binary
+from llmstudiod.adapters.binary import check_argv, probe_binary
+from llmstudiod.adapters.find_binary import find_binary
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import BinaryError
 from tests.unit.fake_server import calls, write_program

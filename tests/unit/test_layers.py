@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "http": {"http", "supervisor", "adapters", "core", "launchers", ""},
     "daemon": {"daemon", "http", "supervisor", "adapters", "core", "launchers", ""},
     # Programs of their own beside the daemon.
+    "privileged": {"privileged", "core"},
     "ctl": {"ctl", "adapters", "launchers.subprocess", "core", ""},
     "demo": {"demo", "core"},
     "demo.__main__": {"demo", "ctl.client", "core"},
@@ -96,7 +97,7 @@ def test_module_imports_its_own_layer_and_lower_ones(module: str) -> None:
     assert upward == set()
 
 
-@pytest.mark.parametrize("program", ["daemon", "ctl", "demo", "engine"])
+@pytest.mark.parametrize("program", ["daemon", "ctl", "demo", "engine", "privileged"])
 def test_nobody_imports_a_program(program: str) -> None:
     """What is built at the top is not reached for from below; only the demonstration talks as llmstudioctl does."""
     users = {name for name, targets in GRAPH.items() if any(is_below(target, program) for target in targets)}
@@ -125,6 +126,14 @@ def test_core_opens_no_file() -> None:
             calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
             named = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
             assert named & {"open", "print", "input", "exec", "eval", "__import__"} == set(), module
+
+
+def test_privileged_part_can_be_read_in_ten_minutes() -> None:
+    """All that runs as root, beside the pure core, which cannot do anything: at most 500 lines."""
+    used = {name for name in MODULES if is_below(name, "privileged")}
+    while more := {target for name in used for target in GRAPH[name] if target and not is_below(target, "core")} - used:
+        used |= more
+    assert sum(len(MODULES[name].read_text().splitlines()) for name in used) <= 500, sorted(used)
 
 
 def test_there_is_no_cycle() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmstudiod.adapters.planner import Planner
+from llmstudiod.adapters.program import LocalProgram
 from llmstudiod.core.errors import BinaryError, LoadFailedError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.recipe import Limits, LoraAdapter, Recipe, RecipeEntry
@@ -30,6 +31,10 @@ class NoLauncher:
     def socket_path(self, model_id: str) -> str:
         """Return a path in the runtime directory."""
         return f"{self._runtime_dir}/{model_id}.sock"
+
+    async def show(self, request: LaunchRequest) -> list[str] | None:
+        """Have no units."""
+        raise NotImplementedError
 
     async def start(self, request: LaunchRequest) -> Unit:
         """Never called."""
@@ -60,6 +65,11 @@ class NoLauncher:
         """Hold nothing."""
 
 
+def new_planner(settings: Settings, launcher: NoLauncher | None = None) -> Planner:
+    """Return a planner that asks the program itself."""
+    return Planner(settings, launcher or NoLauncher(), LocalProgram(settings, {}))
+
+
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
     """A llama-server that behaves."""
@@ -78,7 +88,7 @@ def models(tmp_path: Path) -> Path:
 @pytest.fixture
 def planner(program: Path, models: Path) -> Planner:
     """A planner with that program and that directory."""
-    return Planner(Settings(llama_server=str(program), model_dirs=(str(models),)), NoLauncher(), {})
+    return new_planner(Settings(llama_server=str(program), model_dirs=(str(models),)))
 
 
 def entry(path: Path | str, **fields: object) -> RecipeEntry:
@@ -116,19 +126,14 @@ async def test_plan_has_everything_that_is_started(planner: Planner, program: Pa
     assert plan.request.socket_path == "/run/test/m.sock"
     assert [file.host for file in plan.request.files] == [path]
     assert plan.request.limits == {"MemoryMax": str(1 << 30), "Nice": "5", "MemorySwapMax": "0"}
-    assert (plan.request.needs_gpu, plan.command.context.n_ctx) == (True, 2048)
-    assert LaunchRequest.from_json(plan.request.to_json()) == plan.request
-
-
-async def test_recipe_without_gpu_needs_none(planner: Planner, models: Path) -> None:
-    """``gpus: none`` keeps the unit away from the devices."""
-    assert not (await planner.plan(entry(models / "tiny.gguf", gpus="none"))).request.needs_gpu
+    assert plan.command.context.n_ctx == 2048
+    assert (plan.request.model_path, plan.request.n_ctx_train) == (path, 2048)
 
 
 async def test_relative_path_is_looked_up_in_the_model_directories(program: Path, models: Path, tmp_path: Path) -> None:
     """The first directory that has it wins; a file that is nowhere is told with the places."""
     settings = Settings(llama_server=str(program), model_dirs=(str(tmp_path / "no"), str(models)))
-    planner = Planner(settings, NoLauncher(), {})
+    planner = new_planner(settings)
     assert str(models / "tiny.gguf") in (await planner.plan(entry("tiny.gguf"))).request.argv
     error = await refusal(planner, entry("no.gguf"))
     places = f"{tmp_path / 'no'}, {models}"
@@ -196,12 +201,12 @@ async def test_sandbox_needs_files_that_everybody_may_read(program: Path, models
     settings = Settings(llama_server=str(program), model_dirs=(str(models),))
     path = models / "tiny.gguf"
     path.chmod(0o640)
-    sandboxed = Planner(settings, NoLauncher(is_sandboxed=True), {})
+    sandboxed = new_planner(settings, NoLauncher(is_sandboxed=True))
     error = await refusal(sandboxed, entry(path))
     assert f"'{path}' has mode 0640: the model's own user may not read it" in error.message
     assert error.hint == f"chmod o+r {path}"
     assert error.details["failure"] == "permission"
-    plan = await Planner(settings, NoLauncher(), {}).plan(entry(path))
+    plan = await new_planner(settings).plan(entry(path))
     assert plan.request.argv[2] == str(path)
     path.chmod(0o644)
     plan = await sandboxed.plan(entry(path))
@@ -273,6 +278,6 @@ async def test_binary_that_vanished_is_a_binary_fault(planner: Planner, models: 
 
 async def test_long_socket_path_is_refused(program: Path, models: Path) -> None:
     """bind(2) would refuse it, and llama-server would not say why."""
-    planner = Planner(Settings(llama_server=str(program)), NoLauncher("/run/" + "x" * 110), {})
+    planner = new_planner(Settings(llama_server=str(program)), NoLauncher("/run/" + "x" * 110))
     error = await refusal(planner, entry(models / "tiny.gguf"))
     assert "a Unix socket holds 107" in error.message

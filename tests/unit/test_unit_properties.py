@@ -6,7 +6,8 @@ import pytest
 
 from llmstudiod.core.command import BoundFile
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.unit import systemd_run_argv, unit_properties
+from llmstudiod.core.recipe import Sandbox
+from llmstudiod.core.unit import question_argv, systemd_run_argv, unit_properties
 
 REQUEST = LaunchRequest(
     model_id="m.1",
@@ -18,6 +19,7 @@ REQUEST = LaunchRequest(
     files=(BoundFile('/srv/a b/"m".gguf', "/run/llmstudio-model/0/m.gguf"),),
     limits={"MemoryMax": "1073741824"},
 )
+VALUE_OF_FILE = '"/srv/a b/\\"m\\".gguf":"/run/llmstudio-model/0/m.gguf"'
 
 
 def test_unit_argv_is_complete_and_quoted() -> None:
@@ -32,12 +34,6 @@ def test_unit_argv_is_complete_and_quoted() -> None:
     assert "MemoryMax=1073741824" in argv
 
 
-def test_request_is_a_plain_value() -> None:
-    """What a privileged helper will be told survives a line of JSON."""
-    assert LaunchRequest.from_json(REQUEST.to_json()) == REQUEST
-    assert "\n" not in REQUEST.to_json()
-
-
 def test_own_environment_cannot_be_overridden() -> None:
     """A recipe's variables come before ours, and the later of two lines counts."""
     request = replace(REQUEST, environment={"LLMSTUDIO_SOCKET": "/elsewhere"})
@@ -45,23 +41,88 @@ def test_own_environment_cannot_be_overridden() -> None:
     assert lines == [f'Environment="LLMSTUDIO_SOCKET={REQUEST.socket_path}"']
 
 
+def value_of(name: str, request: LaunchRequest) -> list[str]:
+    """Return the values of a property, in the order in which they are given."""
+    found = [line.partition("=")[2] for line in unit_properties(request) if line.startswith(f"{name}=")]
+    assert found, name
+    return found
+
+
 @pytest.mark.parametrize(
-    ("binary", "expected"),
+    ("executables", "expected"),
     [
-        ("/usr/bin/llama-server", "NoExecPaths=/"),
-        ("/opt/llama/bin/llama-server", "ProtectHome=yes"),
-        ("/home/me/llama-server", "ProtectHome=read-only"),
+        (
+            ("/usr/bin/llama-server", "/usr/lib", "/usr/lib64"),
+            {"ProtectHome": ["yes"], "ExecPaths": ['"-/usr/bin/llama-server" "-/usr/lib" "-/usr/lib64"']},
+        ),
+        (("/opt/my llama/bin",), {"ProtectHome": ["yes"], "ExecPaths": ['"-/opt/my llama/bin"']}),
+        (
+            ("/home/me/llama-server", "/usr/lib"),
+            {"ProtectHome": ["tmpfs"], "BindReadOnlyPaths": [VALUE_OF_FILE, '"/home/me/llama-server"']},
+        ),
     ],
 )
-def test_what_may_be_executed(binary: str, expected: str) -> None:
-    """A packaged server may execute itself alone; a build of one's own is still found where it lies."""
-    assert expected in unit_properties(replace(REQUEST, argv=(binary,)))
+def test_what_may_be_executed(executables: tuple[str, ...], expected: dict[str, list[str]]) -> None:
+    """The server and its libraries alone, wherever they are; of a home directory nothing else is seen."""
+    request = replace(REQUEST, executables=executables)
+    assert value_of("NoExecPaths", request) == ["/"]
+    assert {name: value_of(name, request) for name in expected} == expected
+
+
+GPU = replace(REQUEST, devices=("/dev/nvidiactl", "/dev/nvidia3"), device_groups=("render",))
 
 
 def test_gpu_needs_its_devices() -> None:
-    """With PrivateDevices=yes or a hidden /proc a CUDA server silently uses the CPU."""
-    properties = unit_properties(replace(REQUEST, needs_gpu=True))
-    assert "PrivateDevices=no" in properties
-    assert "ProcSubset=all" in properties
-    assert "DeviceAllow=char-nvidia* rw" in properties
-    assert "PrivateDevices=yes" in unit_properties(REQUEST)
+    """With PrivateDevices=yes or a hidden /proc a CUDA server silently uses the CPU; other GPUs stay closed."""
+    assert value_of("DeviceAllow", GPU) == ["/dev/nvidiactl rw", "/dev/nvidia3 rw"]
+    names = ("PrivateDevices", "DevicePolicy", "ProcSubset")
+    assert [value_of(name, GPU)[0] for name in names] == ["no", "closed", "all"]
+    assert value_of("SupplementaryGroups", GPU) == ["render"]
+    assert value_of("PrivateDevices", REQUEST) == ["yes"]
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "name", "strict", "relaxed"),
+    [
+        (Sandbox(network="host"), "PrivateNetwork", ["yes"], ["no"]),
+        (Sandbox(network="loopback"), "PrivateNetwork", ["yes"], ["yes"]),
+        (Sandbox(network="loopback"), "RestrictAddressFamilies", ["AF_UNIX"], ["AF_UNIX AF_INET AF_INET6 AF_NETLINK"]),
+        (Sandbox(writable_code=True), "MemoryDenyWriteExecute", ["yes"], ["no"]),
+        (Sandbox(shared_ipc=True), "PrivateTmp", ["yes"], ["no"]),
+        (
+            Sandbox(scheduling=True),
+            "SystemCallFilter",
+            ["@system-service", "~@privileged @resources"],
+            ["@system-service", "~@privileged"],
+        ),
+    ],
+)
+def test_relaxation_changes_what_it_names(sandbox: Sandbox, name: str, strict: list[str], relaxed: list[str]) -> None:
+    """Each opens one thing, and nothing else changes."""
+    opened = replace(REQUEST, sandbox=sandbox)
+    assert (value_of(name, REQUEST), value_of(name, opened)) == (strict, relaxed)
+    changed = {line.partition("=")[0] for line in {*unit_properties(REQUEST)} ^ {*unit_properties(opened)}}
+    assert changed <= {
+        Sandbox(network="host"): {"PrivateNetwork", "RestrictAddressFamilies", "IPAddressDeny"},
+        Sandbox(network="loopback"): {"RestrictAddressFamilies", "IPAddressDeny"},
+        Sandbox(shared_ipc=True): {"PrivateTmp", "PrivateIPC"},
+    }.get(sandbox, {name})
+
+
+def test_question_is_asked_in_the_same_sandbox() -> None:
+    """What keeps a model to itself keeps a question to its binary to itself; only the way out differs."""
+    argv = question_argv(REQUEST, unit="q.service", timeout_s=5)
+    own = {
+        "Before",
+        "Group",
+        "LogExtraFields",
+        "LogRateLimitIntervalSec",
+        "SourcePath",
+        "SyslogIdentifier",
+        "Environment",
+    }
+    own |= {"CacheDirectory", "CacheDirectoryMode", "RuntimeDirectory", "RuntimeDirectoryMode", "MemoryMax"}
+    own |= {"Environment", "StandardInput", "StandardOutput", "StandardError"}
+    assert {line for line in unit_properties(REQUEST) if line.partition("=")[0] not in own} <= {*argv}
+    assert "RuntimeMaxSec=5" in argv
+    assert argv[argv.index("--") + 1 :] == list(REQUEST.argv)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmstudiod.adapters.documents import read_document
-from llmstudiod.core.recipe import Fault
-from llmstudiod.core.yaml_lines import MAX_FILE_BYTES, Document, parse_document
+from llmstudiod.core.recipe import MAX_FILE_BYTES, Fault
+from llmstudiod.core.yaml_lines import Document, parse_document
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(12)
