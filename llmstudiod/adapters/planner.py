@@ -86,7 +86,11 @@ class Planner:
         binary = await self.binary()
         socket_path = self._launcher.socket_path(recipe.id)
         is_sandboxed = self._launcher.is_sandboxed
-        command = build_command(recipe, files, binary, socket_path=socket_path, is_sandboxed=is_sandboxed)
+        try:
+            command = build_command(recipe, files, binary, socket_path=socket_path, is_sandboxed=is_sandboxed)
+        except LoadFailedError as error:
+            hint = f"{error.hint or 'see the recipe'} ({_recipe_place(entry)})"
+            raise LoadFailedError(error.message, hint=hint, details=error.details) from error
         await self._check(entry, files, binary)
         request = LaunchRequest(
             model_id=recipe.id,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from llmstudiod.core.lifecycle import Failure, ModelSpec, UpstreamFacts
+from llmstudiod.core.lifecycle import Failure, ModelSpec, Transition, UpstreamFacts
 from llmstudiod.errors import LlmstudioError
 
 
@@ -216,6 +216,7 @@ class Publish:
     """The model's state changed; observers may want to look."""
 
     model: str
+    transition: Transition
 
 
 Action = VetPlan | StartUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish
