@@ -50,6 +50,7 @@ from llmstudiod.launchers.base import Launcher, Unit
 logger = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_S = 1.0
+_INTERNAL = Failure("internal", "an internal error, see the daemon's log")
 
 
 class Upstreams(Protocol):
@@ -264,7 +265,7 @@ class Supervisor:
             case StopUnit():
                 _ = self.spawn(self._stop(action), f"stop {action.model}")
             case Publish():
-                self._publish(action.model)
+                self._publish(action)
             case _:
                 assert_never(action)
 
@@ -277,15 +278,12 @@ class Supervisor:
     def _timer_fired(self, timer: SetTimer) -> None:
         self.post(TimerFired(self._clock(), timer.model, timer.run, timer.timer))
 
-    def _publish(self, model: str) -> None:
+    def _publish(self, action: Publish) -> None:
         changes, self._changes = self._changes, asyncio.Event()
         changes.set()
-        shown = self._scheduler.view(model)
-        if shown is None or not shown.story:
-            return
-        last = shown.story[-1]
-        level = logging.WARNING if last.new is State.FAILED else logging.INFO
-        logger.log(level, "%s: %s -> %s: %s", model, last.old, last.new, last.cause)
+        step = action.transition  # not the instance's last one: one event may bring several
+        level = logging.WARNING if step.new is State.FAILED else logging.INFO
+        logger.log(level, "%s: %s -> %s: %s", action.model, step.old, step.new, step.cause)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run a task that we own: it is kept until it ends, and a bug in it is logged, not lost."""
@@ -303,7 +301,7 @@ class Supervisor:
 
     async def _vet(self, action: VetPlan) -> None:
         """Make the plan without carrying it out."""
-        failure: Failure | None = Failure("internal", "an internal error, see the daemon's log")
+        failure: Failure | None = _INTERNAL
         try:
             await self._planner.plan(self._entry(action.model))
             failure = None
@@ -321,7 +319,7 @@ class Supervisor:
             self._failed(model, running.run, _failure_of(error))
             return
         except Exception:  # a bug must fail the start, not leave its waiters hanging
-            self._failed(model, running.run, Failure("internal", "an internal error, see the daemon's log"))
+            self._failed(model, running.run, _INTERNAL)
             raise
         finally:
             running.launched.set()
@@ -331,6 +329,10 @@ class Supervisor:
         readiness = self.spawn(self._await_ready(model, running), f"probe {model}")
         try:
             end = await self._launcher.wait(unit)
+        except Exception:  # whatever it is, a server that nobody watches must not be taken for a ready one
+            await self._stop_unit(model, is_forced=True)
+            self._failed(model, running.run, _INTERNAL)
+            raise
         finally:
             readiness.cancel()
             self._upstreams.close(model, running.run)
@@ -358,7 +360,7 @@ class Supervisor:
         if isinstance(facts, NotOurs):
             message = f"'{facts.alias}' answers at its socket instead of '{running.plan.alias}'"
             running.verdict = Failure("socket", message, "is another server using this socket?")
-            await self._launcher.stop(model, is_forced=True)
+            await self._stop_unit(model, is_forced=True)
             return
         self._upstreams.open(model, running.run, socket_path)
         self.post(BecameReady(self._clock(), model, running.run, facts))
@@ -384,13 +386,19 @@ class Supervisor:
             launched = self.spawn(_wait_for(running.launched), f"launch of {action.model}")
             await asyncio.wait({running.task, launched}, return_when=asyncio.FIRST_COMPLETED)
             launched.cancel()
-        try:
-            await self._launcher.stop(action.model, is_forced=action.is_forced)
-        except LlmstudioError as error:
-            logger.error("%s: cannot be stopped: %s", action.model, error)  # noqa: TRY400 - a user's error, no bug
+        await self._stop_unit(action.model, is_forced=action.is_forced)
         if running is not None and running.task is not None:
             running.task.cancel()
         self.post(UnitGone(self._clock(), action.model, action.run))
+
+    async def _stop_unit(self, model: str, *, is_forced: bool) -> None:
+        """Stop a model's unit. A failure is told and no more: whoever waits for the end must not wait for ever."""
+        try:
+            await self._launcher.stop(model, is_forced=is_forced)
+        except LlmstudioError as error:
+            logger.error("%s: cannot be stopped: %s", model, error)  # noqa: TRY400 - a user's error, no bug
+        except Exception:
+            logger.exception("%s: cannot be stopped", model)
 
 
 async def _wait_for(event: asyncio.Event) -> None:

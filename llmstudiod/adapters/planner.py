@@ -72,9 +72,13 @@ class Planner:
         binary = await self.binary()
         socket_path = self._launcher.socket_path(recipe.id)
         is_sandboxed = self._launcher.is_sandboxed
-        request, command = launch_request(
-            recipe, files, binary, recipe_file=entry.file, socket_path=socket_path, is_sandboxed=is_sandboxed
-        )
+        try:
+            request, command = launch_request(
+                recipe, files, binary, recipe_file=entry.file, socket_path=socket_path, is_sandboxed=is_sandboxed
+            )
+        except LoadFailedError as error:
+            hint = f"{error.hint or 'see the recipe'} ({_recipe_place(entry)})"
+            raise LoadFailedError(error.message, hint=hint, details=error.details) from error
         await self._check(entry, request, binary)
         return Plan(request, command, binary, recipe.alias)
 

@@ -81,11 +81,11 @@ def write_snapshot(directory: Path, config: Path, found: Configuration, *, began
     }
     part = directory / f".{NAME}.part"
     try:
-        part.write_text(json.dumps(raw, ensure_ascii=False))
+        part.write_text(json.dumps(raw))  # ASCII: names of files may hold bytes that are not UTF-8
         part.chmod(0o600)
         part.replace(directory / NAME)
-    except OSError as error:
-        logger.info("the snapshot of the configuration cannot be written: %s", error.strerror)
+    except (OSError, ValueError) as error:
+        logger.info("the snapshot of the configuration cannot be written: %s", error)
 
 
 def _identities(config: Path, recipes_dir: str) -> list[list[Any]]:

@@ -165,6 +165,7 @@ def build_command(
         raise LoadFailedError(
             f"cannot load '{recipe.id}': extra_args: {error}",
             hint="`llama-server --help` lists the flags of the installed build",
+            details={"failure": "bad_args"},
         ) from error
     return Command(tuple(argv), _environment(recipe), context, tuple(notes), bound)
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from llmstudiod.core.errors import LlmstudioError
-from llmstudiod.core.lifecycle import Failure, ModelSpec, UpstreamFacts
+from llmstudiod.core.lifecycle import Failure, ModelSpec, Transition, UpstreamFacts
 
 
 class Timer(StrEnum):
@@ -216,6 +216,7 @@ class Publish:
     """The model's state changed; observers may want to look."""
 
     model: str
+    transition: Transition
 
 
 Action = VetPlan | StartUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish

@@ -4,7 +4,6 @@ Only the scheduler changes an `Instance`; everybody else reads the frozen `Insta
 """
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -203,6 +202,3 @@ def view(instance: Instance) -> InstanceView:
         stop_cause=instance.stop_cause,
         story=tuple(instance.story),
     )
-
-
-Specs = Mapping[str, ModelSpec]

@@ -349,7 +349,7 @@ class Scheduler:
     def _move(self, instance: Instance, new: State, at: float, cause: str) -> None:
         self._n_draining += (new is State.DRAINING) - (instance.state is State.DRAINING)
         instance.move(new, at=at, cause=cause)
-        self._actions.append(Publish(instance.spec.id))
+        self._actions.append(Publish(instance.spec.id, instance.story[-1]))
 
     def _set_timer(self, instance: Instance, timer: Timer, at: float) -> None:
         self._actions.append(SetTimer(instance.spec.id, instance.run, timer, at))
@@ -427,12 +427,11 @@ class Scheduler:
             if instance is None:
                 self._instances[model] = Instance(spec, since=event.at)
                 continue
-            has_changed = instance.spec.recipe_hash != spec.recipe_hash
-            instance.spec = spec
-            if instance.is_resident:
-                self._set_idle_timer(instance, event.at)  # the daemon's default may have changed
+            old, instance.spec = instance.spec, spec
+            if instance.is_resident and (old.idle_timeout_s, old.is_pinned) != (spec.idle_timeout_s, spec.is_pinned):
+                self._set_idle_timer(instance, event.at)  # otherwise the one that is set is the right one
             instance.is_removed = False
-            if has_changed:
+            if old.recipe_hash != spec.recipe_hash:
                 instance.is_vetted = False
                 self._outdate(instance, event.at)
         for model in [model for model in self._instances if model not in event.specs]:

@@ -21,7 +21,6 @@ class Settings:
     llama_server: str | None = None
     launcher: Literal["auto", "systemd", "subprocess"] = "auto"
     runtime_dir: str = "/run/llmstudio-models"
-    state_dir: str = "/var/lib/llmstudio"
     listen: tuple[str, ...] = ("127.0.0.1:8080", "[::1]:8080")
     admin_socket: str = "/run/llmstudio/admin.sock"
     launcher_socket: str = "/run/llmstudio/launcher.sock"

@@ -19,6 +19,7 @@ ENVIRONMENT_PREFIX = "LLMSTUDIO_"
 _DURATIONS = frozenset({"idle_timeout", "load_stall_timeout", "drain_timeout", "wait_comment_interval"})
 _SIZES = frozenset({"max_body"})
 _LISTS = frozenset({"model_dirs", "listen"})
+_PATHS = frozenset({"recipes_dir", "model_dirs", "runtime_dir", "admin_socket", "launcher_socket", "keys_file"})
 _WORDS: Mapping[str, str] = {
     "max_body": "a size from 1KiB to 4GiB",
     "load_stall_timeout": "a duration of 1s or more",
@@ -104,11 +105,22 @@ def _converted(name: str, raw: Any) -> Any:  # noqa: ANN401 - a value of YAML
         convert = duration
     elif name in _SIZES:
         convert = size
-    elif name in _LISTS and isinstance(raw, str):
-        return [part.strip() for part in raw.split(",") if part.strip()]
     else:
-        return raw
+        value = [part.strip() for part in raw.split(",") if part.strip()] if _is_list_text(name, raw) else raw
+        return _absolute(name, value) if name in _PATHS else value
     return convert(raw)
+
+
+def _is_list_text(name: str, raw: Any) -> bool:  # noqa: ANN401 - a value of YAML
+    return name in _LISTS and isinstance(raw, str)
+
+
+def _absolute(name: str, value: Any) -> Any:  # noqa: ANN401 - a value of YAML
+    """Refuse a relative path: the daemon, systemd and the models' servers run in different directories."""
+    for path in value if isinstance(value, list) and name in _LISTS else [value]:
+        if isinstance(path, str) and not path.startswith("/"):
+            raise ValueError(f"expected an absolute path, found {shorten(path)}")
+    return value
 
 
 def duration(raw: Any) -> float:  # noqa: ANN401 - a value of YAML

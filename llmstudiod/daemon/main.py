@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -22,6 +23,8 @@ from llmstudiod.daemon.notify import Notifier
 
 if TYPE_CHECKING:
     from llmstudiod.daemon.application import Application
+
+MAX_FILES = 65536
 
 logger = logging.getLogger("llmstudiod")
 
@@ -37,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--development", action="store_true", help="let LLMSTUDIO_<SETTING> override settings")
     parser.add_argument("--version", action="version", version=f"llmstudiod {__version__}")
     arguments = parser.parse_args(argv)
+    _allow_many_files()
     gc.disable()  # imports make many objects and no garbage; looking for some costs a tenth of the start
     logs.set_up("info")
     inherited = sockets.inherited()
@@ -49,6 +53,14 @@ def main(argv: list[str] | None = None) -> int:
             logger.error("hint: %s", error.hint)  # noqa: TRY400
         return error.exit_code
     return 0
+
+
+def _allow_many_files() -> None:
+    """Take as many file descriptors as we may: each client is one, and the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(arguments: argparse.Namespace, inherited: sockets.Listeners) -> None:
@@ -81,7 +93,7 @@ async def _serve(arguments: argparse.Namespace, inherited: sockets.Listeners) ->
             tasks.create_task(_keep_alive(notifier)),
             tasks.create_task(_keep_reloading(application, notifier, reload)),
             tasks.create_task(_keep_status(application, notifier)),
-            tasks.create_task(application.after_start()),
+            tasks.create_task(_after_start(application)),
         ]
         await stop.wait()
         logger.info("stopping: new requests are refused, those in flight may end")
@@ -97,6 +109,13 @@ async def _keep_alive(notifier: Notifier) -> None:
     while notifier.watchdog_period_s:
         notifier.alive()
         await asyncio.sleep(notifier.watchdog_period_s)
+
+
+async def _after_start(application: "Application") -> None:
+    try:
+        await application.after_start()
+    except Exception:  # nothing in there is worth the endpoint
+        logger.exception("the start could not be completed")
 
 
 async def _keep_reloading(application: "Application", notifier: Notifier, reload: asyncio.Event) -> None:

@@ -42,7 +42,6 @@ default: true
 SETTINGS = """\
 recipes_dir: {home}/recipes.d
 model_dirs: [{home}/models]
-state_dir: {home}/state
 runtime_dir: {runtime}
 admin_socket: {runtime}/admin.sock
 listen: ["127.0.0.1:{port}"]

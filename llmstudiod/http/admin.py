@@ -302,9 +302,7 @@ class Admin:
         model, limit = self._model(request), _limit(request, default=50)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
-        async with contextlib.aclosing(self._launcher.follow(model)) as lines:  # type: ignore[type-var]
-            for line in await self._launcher.lines(model, limit=limit) if limit else []:
-                await response.write(_log_event(line))
+        async with contextlib.aclosing(self._launcher.follow(model, limit=limit)) as lines:  # type: ignore[type-var]
             async for line in lines:
                 await response.write(_log_event(line))
         return response

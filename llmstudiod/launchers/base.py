@@ -63,8 +63,8 @@ class Launcher(Protocol):
     async def lines(self, model_id: str, *, limit: int) -> list[str]:
         """Return the last lines of the model's log, oldest first."""
 
-    def follow(self, model_id: str) -> AsyncIterator[str]:
-        """Return the lines that the model's server writes from now on."""
+    def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
+        """Return the last lines of the model's log, then those that its server writes from now on."""
 
     async def clean_up(self) -> list[str]:
         """Stop what an earlier daemon has left; return the models concerned."""

@@ -38,11 +38,14 @@ class LogBuffer:
             if not queue.full():
                 queue.put_nowait(line)
 
-    async def follow(self) -> AsyncIterator[str]:
-        """Yield the lines that come from now on, until the caller stops."""
+    async def follow(self, limit: int) -> AsyncIterator[str]:
+        """Yield the last lines, then those that come from now on, until the caller stops."""
         queue: asyncio.Queue[str] = asyncio.Queue(maxsize=MAX_LINES)
         self._followers.add(queue)
+        earlier = self.last(limit)
         try:
+            for line in earlier:
+                yield line
             while True:
                 yield await queue.get()
         finally:

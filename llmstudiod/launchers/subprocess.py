@@ -146,7 +146,7 @@ class SubprocessLauncher:
             await asyncio.shield(process.ended)
         if process.watcher is not None:
             await process.watcher
-        del self._processes[model_id]
+        self._processes.pop(model_id, None)  # two may stop it at a time
         await asyncio.to_thread(_remove, Path(self.socket_path(model_id)))
 
     @staticmethod
@@ -161,9 +161,9 @@ class SubprocessLauncher:
         """Return the last lines; they live as long as the daemon."""
         return self._log(model_id).last(limit)
 
-    def follow(self, model_id: str) -> AsyncIterator[str]:
-        """Return the lines as they come, over restarts of the model too."""
-        return self._log(model_id).follow()
+    def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
+        """Return the last lines, then new ones as they come, over restarts of the model too."""
+        return self._log(model_id).follow(limit)
 
     async def clean_up(self) -> list[str]:
         """Nothing outlives the daemon here."""

@@ -17,6 +17,7 @@ from llmstudiod.launchers.privileged import PrivilegedHelper, launch_fields
 
 COMMAND_TIMEOUT_S = 45.0
 SETTLE_S = 0.05
+RETRY_S = 0.5
 JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
 _SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus"
@@ -68,16 +69,20 @@ class SystemdLauncher:
                 hint=error.hint or f"`systemctl status {name}` and its journal tell more",
                 details={"lines": lines[:5]},
             ) from error
-        shown = await _show(name)
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT_S):
+                shown = await _answered(name)
+        except TimeoutError:
+            raise LauncherError(f"cannot start {name}: systemd does not tell its state") from None
         return Unit(request.model_id, name, int(shown["MainPID"]), shown["InvocationID"])
 
     async def wait(self, unit: Unit) -> Exit:
         """Return when the unit's process has ended and systemd has settled its state."""
         await _process_end(unit)
-        shown = await _show(unit.name)
+        shown = await _answered(unit.name)
         while shown["InvocationID"] == unit.invocation_id and shown["ActiveState"] in {"active", "deactivating"}:
             await asyncio.sleep(SETTLE_S)
-            shown = await _show(unit.name)
+            shown = await _answered(unit.name)
         if shown["InvocationID"] != unit.invocation_id or shown["ActiveState"] != "failed":
             return Exit("success", code=0)  # a unit that ended cleanly is gone at once
         await asyncio.sleep(JOURNAL_LAG_S)
@@ -100,12 +105,12 @@ class SystemdLauncher:
         """Return the last lines of the unit's journal, of earlier runs too."""
         return await _journal(f"_SYSTEMD_UNIT={unit_name(model_id)}", limit=limit)
 
-    async def follow(self, model_id: str) -> AsyncIterator[str]:
-        """Yield the journal's lines as they come, some 200 ms late."""
+    async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
+        """Yield the journal's last lines, then new ones as they come, some 200 ms late."""
         process = await asyncio.create_subprocess_exec(
-            "journalctl", "-q", "-f", "-n", "0", "-o", "cat", "--all", f"_SYSTEMD_UNIT={unit_name(model_id)}",
+            "journalctl", "-q", "-f", "-n", str(limit), "-o", "cat", "--all", f"_SYSTEMD_UNIT={unit_name(model_id)}",
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            limit=1 << 17,
+            limit=1 << 20,
         )  # fmt: skip
         assert process.stdout is not None
         try:
@@ -136,12 +141,15 @@ class SystemdLauncher:
 
 async def _run(argv: Sequence[str]) -> tuple[int, str]:
     """Run a command of systemd's; return its exit code and what it printed."""
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+    except OSError as error:  # out of descriptors, processes or memory
+        return 125, f"cannot run {argv[0]}: {error.strerror}"
     try:
         output, _ = await asyncio.wait_for(process.communicate(), COMMAND_TIMEOUT_S)
     except TimeoutError:
@@ -151,8 +159,20 @@ async def _run(argv: Sequence[str]) -> tuple[int, str]:
     return process.returncode or 0, output.decode(errors="replace")
 
 
-async def _show(name: str) -> dict[str, str]:
-    _, output = await _run(["systemctl", "show", f"--property={_SHOWN}", name])
+async def _answered(name: str) -> dict[str, str]:
+    """Return a unit's properties; ask until there is an answer, for systemd may be busy or just being upgraded.
+
+    No answer is not "not loaded": taken for the end of the server, it would cut off everybody who is being served.
+    """
+    while (shown := await _show(name)) is None:  # noqa: ASYNC110 - systemd tells nobody when it can be asked again
+        await asyncio.sleep(RETRY_S)
+    return shown
+
+
+async def _show(name: str) -> dict[str, str] | None:
+    code, output = await _run(["systemctl", "show", f"--property={_SHOWN}", name])
+    if code:
+        return None
     shown = dict.fromkeys(_SHOWN.split(","), "") | {"MainPID": "0"}
     for line in output.splitlines():
         key, _, value = line.partition("=")
@@ -176,7 +196,7 @@ async def _process_end(unit: Unit) -> None:
     loop.add_reader(pidfd, ended.set)
     try:
         # The number may have gone to another process before it was opened: only now is it tied to ours.
-        shown = await _show(unit.name)
+        shown = await _answered(unit.name)
         if (shown["MainPID"], shown["InvocationID"]) == (str(unit.pid), unit.invocation_id):
             await ended.wait()
     finally:
@@ -194,7 +214,7 @@ async def _failed_start(name: str, program: str) -> list[str]:
     # What the child says before exec(2) has no invocation id: this run is what follows the last "Starting".
     began = max((index for index, line in enumerate(told) if line.startswith("Starting ")), default=0)
     lines = [line.removeprefix(f"{name}: ") for line in told[began:] if line.startswith(f"{name}: ")]
-    if (await _show(name))["ExecMainStatus"] == _EXIT_EXEC:
+    if ((await _show(name)) or {}).get("ExecMainStatus") == _EXIT_EXEC:
         # At this step the sandbox hides journald from the child, so its own words are lost.
         lines.insert(0, f"'{program}' is not executable inside the unit (203/EXEC)")
     return lines or ["systemd-run gave no reason"]

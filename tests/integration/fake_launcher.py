@@ -23,6 +23,7 @@ class FakeLauncher(Launcher):
     is_sandboxed: bool = False
     upstreams: dict[str, FakeUpstream] = field(default_factory=dict)
     start_error: LlmstudioError | None = None
+    stop_error: Exception | None = None
     starts: list[str] = field(default_factory=list)
     _ends: dict[str, asyncio.Future[Exit]] = field(default_factory=dict)
 
@@ -49,6 +50,8 @@ class FakeLauncher(Launcher):
 
     async def stop(self, model_id: str, *, is_forced: bool) -> None:
         """End the upstream."""
+        if self.stop_error is not None:
+            raise self.stop_error
         self.die(model_id, Exit("signal", signal=9 if is_forced else 15))
 
     def die(self, model_id: str, end: Exit) -> None:
@@ -59,11 +62,15 @@ class FakeLauncher(Launcher):
         if waiter is not None and not waiter.done():
             waiter.set_result(end)
 
+    def lose_sight(self, model_id: str, bug: Exception) -> None:
+        """Let the wait for the upstream's end fail, while it runs on."""
+        self._ends[model_id].set_exception(bug)
+
     async def lines(self, model_id: str, *, limit: int) -> list[str]:
         """Return no lines: it writes none."""
         return []
 
-    async def follow(self, model_id: str) -> AsyncIterator[str]:
+    async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield no lines."""
         lines: tuple[str, ...] = ()
         for line in lines:

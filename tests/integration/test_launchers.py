@@ -142,6 +142,12 @@ async def until(condition: Callable[[], Awaitable[T | None]], *, timeout_s: floa
     return value
 
 
+async def azip(lines: AsyncIterator[str], numbers: range) -> AsyncIterator[tuple[str, int]]:
+    """Yield as many lines as there are numbers."""
+    for number in numbers:
+        yield await anext(lines), number
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process runs; one that has ended and was not collected does not."""
     try:
@@ -186,10 +192,47 @@ async def test_followed_lines_come_as_they_are_written(rig: Rig, tmp_path: Path)
     """A follower sees the lines that are written after it began."""
     await rig.start("n=0; while :; do n=$((n+1)); echo tick $n; sleep 0.05; done")
     async with asyncio.timeout(10):
-        followed = rig.launcher.follow(rig.model)
+        followed = rig.launcher.follow(rig.model, limit=0)
         seen = [await anext(followed) for _ in range(3)]
     numbers = [int(line.split()[1]) for line in seen]
     assert numbers == list(range(numbers[0], numbers[0] + 3))
+
+
+async def test_follower_may_begin_with_what_was_written_before(rig: Rig) -> None:
+    """The last lines come first, and none is lost between them and the new ones."""
+    await rig.start("n=0; while :; do n=$((n+1)); echo tick $n; sleep 0.05; done")
+    await rig.line_with("tick 3")
+    async with asyncio.timeout(10):
+        followed = rig.launcher.follow(rig.model, limit=2000)
+        seen = [line async for line, _ in azip(followed, range(20)) if line.startswith("tick ")]
+    numbers = [int(line.split()[1]) for line in seen]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) > 3
+
+
+@pytest.mark.skipif(KIND != "systemd", reason="only units have names that others may take")
+async def test_systemctl_that_gives_no_answer_is_asked_again(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer is not the end of the server: it is being used."""
+    unit = await rig.start(FOR_EVER)
+    left = tmp_path / "left"
+    left.write_text("xxx")
+    stub = tmp_path / "systemctl"
+    stub.write_text(
+        f"""#!/bin/sh
+        [ "$1" = show ] && [ -s {left} ] && {{ printf '%s' "$(cat {left} | cut -c2-)" > {left}; exit 1; }}
+        exec /usr/bin/systemctl "$@"
+        """
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    waiting = asyncio.ensure_future(rig.launcher.wait(unit))  # noqa: TID251 - awaited below
+    await until(lambda: asyncio.sleep(0, not left.read_text()))
+    await asyncio.sleep(1)
+    assert not waiting.done()
+    os.kill(unit.pid, signal.SIGKILL)
+    assert (await asyncio.wait_for(waiting, 10)).signal == signal.SIGKILL
 
 
 async def test_missing_binary_is_told_at_once(rig: Rig) -> None:

@@ -114,6 +114,44 @@ async def test_bug_in_a_start_fails_the_start_alone(house: House, monkeypatch: p
     house.faults.clear()
 
 
+async def test_bug_in_a_stop_keeps_nobody_waiting(house: House) -> None:
+    """Whatever the launcher raises, an unload ends, and the model can be asked for again."""
+    await house.supervisor.load("tiny")
+    house.launcher.stop_error = OSError(24, "Too many open files")
+    async with asyncio.timeout(2):
+        await house.supervisor.unload("tiny")
+    assert house.state() is State.STOPPED
+    house.launcher.stop_error = None
+    await house.launcher.stop("tiny", is_forced=True)
+    assert "tiny: cannot be stopped" in house.faults.pop()
+
+
+async def test_server_that_cannot_be_watched_is_stopped(house: House) -> None:
+    """A model that would stay ready for ever, dead or alive, is a failure instead."""
+    await house.supervisor.load("tiny")
+    house.launcher.lose_sight("tiny", OSError(24, "Too many open files"))
+    await eventually(lambda: house.state() is State.FAILED)
+    assert house.tiny.open_connections == 0
+    await house.supervisor.load("tiny")
+    assert house.state() is State.READY
+    assert "start tiny: internal error" in house.faults.pop()
+
+
+async def test_crash_is_logged_though_a_start_follows_at_once(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """The reason of the end is told, also when the waiters bring the model up again in the same moment."""
+    await house.supervisor.load("tiny")
+    loading = house.supervisor.ask("tiny", is_load=True)
+    house.supervisor.end(loading)
+    fillers = [house.supervisor.ask("tiny") for _ in range(100)]
+    with caplog.at_level("INFO"):
+        house.launcher.die("tiny", Exit("signal", signal=11))
+        await eventually(lambda: house.launcher.starts == ["tiny", "tiny"])
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("tiny: ready -> failed" in line for line in told), told
+    for filler in fillers:
+        house.supervisor.end(filler)
+
+
 async def test_shutdown_ends_everything(house: House) -> None:
     """Models that run and models that load are gone afterwards, and whoever waits has an answer."""
     await house.supervisor.load("other")

@@ -52,7 +52,7 @@ class NoLauncher:
         """Return nothing."""
         return []
 
-    async def follow(self, model_id: str) -> AsyncIterator[str]:
+    async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield nothing."""
         for line in await self.lines(model_id, limit=0):
             yield line
@@ -238,6 +238,8 @@ async def test_unknown_flag_is_refused_before_the_parser_is_asked(
     """The installed build does not list it."""
     error = await refusal(planner, entry(models / "tiny.gguf", extra_args={"flag_of_tomorrow": 1}))
     assert "does not accept --flag-of-tomorrow" in error.message
+    assert "the recipe in /etc/r.yaml:3" in str(error.hint)
+    assert error.details["failure"] == "bad_args"
     assert len(calls(program)) == 4, "only the probe"
 
 

@@ -10,6 +10,8 @@ from llmstudiod.core.errors import (
     UpstreamCrashedError,
 )
 from llmstudiod.core.events import (
+    SetTimer,
+    SpecsChanged,
     StopUnit,
     UnitFailed,
 )
@@ -394,6 +396,15 @@ def test_changed_recipe_replaces_an_idle_model() -> None:
     world.advance(1.0)
     assert world.state("a") is State.STOPPED
     assert not world.view("a").is_stale
+
+
+def test_reload_sets_no_second_idle_timer() -> None:
+    """The timer that runs is the right one; each reload would add another for ever. A new time-out needs one."""
+    world = ready(world_of([spec("a", idle_timeout_s=60.0)]), "a")
+    scheduler = world.scheduler
+    assert scheduler.handle(SpecsChanged(world.now, {"a": spec("a", idle_timeout_s=60.0)})) == []
+    timers = scheduler.handle(SpecsChanged(world.now, {"a": spec("a", idle_timeout_s=30.0)}))
+    assert [type(action) for action in timers] == [SetTimer]
 
 
 def test_changed_recipe_waits_for_requests_in_flight() -> None:

@@ -72,6 +72,8 @@ def test_value_is_read_as_people_write_it(line: str, expected: dict[str, Any], f
         ("idle_timeout: true", "idle_timeout", "expected a duration such as 90s or 10m, found true", "600s is used"),
         ("idle_timeout: [1]", "idle_timeout", "expected a duration such as 90s or 10m, found [1]", "600s is used"),
         ("idle_timeout:", "idle_timeout", "expected a value, found nothing", "600s is used"),
+        ("runtime_dir: rt", "runtime_dir", "expected an absolute path, found 'rt'", "/run/llmstudio-models is used"),
+        ("model_dirs: /a,models", "model_dirs", "expected an absolute path, found 'models'", "/srv/models"),
         ("drain_timeout: 9999999d", "drain_timeout", "expected a duration of at most 3650d, found '9999999d'", "60s is used"),
         ("load_stall_timeout: 0", "load_stall_timeout", "expected a duration of 1s or more, found the number 0", "120s is used"),
         ("max_body: lots", "max_body", "expected a size such as 512MiB or 2G, found 'lots'", "64.0 MiB is used"),

@@ -82,6 +82,15 @@ def test_any_change_makes_it_worthless(config: Path, tmp_path: Path, change: str
     assert read_snapshot(tmp_path, config) is None
 
 
+def test_name_that_is_not_utf8_is_kept(config: Path, tmp_path: Path) -> None:
+    """A file's name may hold any bytes; the daemon must not end for it."""
+    (tmp_path / "recipes.d" / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    (tmp_path / "recipes.d" / os.fsdecode(b"caf\xe9.yaml")).write_text("id: BAD\n")
+    found = read(config)
+    write_snapshot(tmp_path, config, found, began_ns=later())
+    assert read_snapshot(tmp_path, config) == found
+
+
 def test_files_changed_while_they_were_read_are_not_kept(config: Path, tmp_path: Path) -> None:
     """A file that changed since the reading began may not be what was read, so nothing is written."""
     write_snapshot(tmp_path, config, read(config), began_ns=time.time_ns())
