@@ -42,8 +42,9 @@ from llmstudiod.core.events import (
     VetPlan,
 )
 from llmstudiod.core.lifecycle import Failure, InstanceView, State
+from llmstudiod.core.model_spec import LifecycleDefaults, model_spec
 from llmstudiod.core.reasons import explain_exit
-from llmstudiod.core.recipe import LifecycleDefaults, RecipeEntry, model_spec
+from llmstudiod.core.recipe import RecipeEntry
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.launchers.base import Launcher, Unit
 

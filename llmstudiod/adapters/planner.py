@@ -68,6 +68,7 @@ class Planner:
             LlmstudioError: A file, a flag, the binary or the socket's path will not do; the message says which.
         """
         recipe = entry.recipe
+        self._program.wake()
         files = await asyncio.to_thread(self._find_files, entry)
         binary = await self.binary()
         socket_path = self._launcher.socket_path(recipe.id)

@@ -17,6 +17,9 @@ from llmstudiod.core.settings import Settings
 class Program(Protocol):
     """The program that serves models, asked here or where it will run."""
 
+    def wake(self) -> None:
+        """Say that a start will follow."""
+
     async def binary(self) -> ServerBinary:
         """Return it with what it says of itself; asked again when its file has changed.
 
@@ -47,6 +50,9 @@ class LocalProgram:
     def use_settings(self, settings: Settings) -> None:
         """See `Program`."""
         self._settings = settings
+
+    def wake(self) -> None:
+        """See `Program`; there is nobody to wake."""
 
     async def binary(self) -> ServerBinary:
         """See `Program`. Takes some 30 ms for a file that was not asked before."""

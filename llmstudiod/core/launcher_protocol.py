@@ -9,7 +9,8 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any
 
 from llmstudiod.core.errors import BadRequestError
@@ -24,6 +25,21 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.(yaml|yml|json)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
+class Verb(StrEnum):
+    """What can be asked."""
+
+    START = "start"  # start a recipe's unit
+    SHOW = "show"  # tell the systemd-run command line of that, and start nothing
+    CHECK = "check"  # let the binary's own parser read the command line, in the model's sandbox
+    STOP = "stop"  # stop a model's unit and free its name
+    KILL = "kill"  # the same, with SIGKILL first
+    RESET = "reset"  # free the name of a failed unit
+    PROBE = "probe"  # tell what the binary is and what it can do
+    PUT_RECIPE = "put-recipe"  # write a file into the recipes directory
+    DELETE_RECIPE = "delete-recipe"  # remove one from there
+    PUT_KEYS = "put-keys"  # replace the file of API keys, which holds hashes
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A recipe to be started, checked or shown: which one, and what the daemon found out about its files.
@@ -32,6 +48,7 @@ class Launch:
     found where the recipe names a directory or a relative path. ``memory_max`` in bytes, 0: none.
     """
 
+    verb: Verb
     id: str
     hash: str
     file: str | None
@@ -42,81 +59,43 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Start(Launch):
-    """Start the recipe's unit."""
+class Act:
+    """Something about a unit, which ``id`` names, or about the binary."""
+
+    verb: Verb
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Show(Launch):
-    """Tell the ``systemd-run`` command line of `Start`, and start nothing."""
+class Write:
+    """A file of root's to be written or removed; the keys have one place, which nobody names."""
+
+    verb: Verb
+    name: str = ""
+    text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Check(Launch):
-    """Let the binary's own parser read the command line, in the model's sandbox."""
+Request = Launch | Act | Write
 
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Stop a model's unit and free its name; ``is_forced``: SIGKILL first."""
-
-    id: str
-    is_forced: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Reset:
-    """Free the name of a failed unit."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Tell what the binary is and what it can do."""
-
-
-@dataclass(frozen=True, slots=True)
-class PutRecipe:
-    """Write a recipe file into the recipes directory."""
-
-    file: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteRecipe:
-    """Remove a recipe file from the recipes directory."""
-
-    file: str
-
-
-@dataclass(frozen=True, slots=True)
-class PutKeys:
-    """Replace the file of API keys, which holds hashes."""
-
-    text: str
-
-
-Request = Start | Show | Check | Stop | Reset | Probe | PutRecipe | DeleteRecipe | PutKeys
-
-VERBS: Mapping[str, type[Any]] = {
-    "start": Start,
-    "show": Show,
-    "check": Check,
-    "stop": Stop,
-    "reset": Reset,
-    "probe": Probe,
-    "put-recipe": PutRecipe,
-    "delete-recipe": DeleteRecipe,
-    "put-keys": PutKeys,
+_KEYS: Mapping[Verb, tuple[type[Any], frozenset[str], frozenset[str]]] = {
+    **dict.fromkeys(
+        (Verb.START, Verb.SHOW, Verb.CHECK),
+        (Launch, frozenset({"id", "hash", "file", "model"}), frozenset({"n_ctx_train", "memory_max", "gpus"})),
+    ),
+    **dict.fromkeys((Verb.STOP, Verb.KILL, Verb.RESET), (Act, frozenset({"id"}), frozenset())),
+    Verb.PROBE: (Act, frozenset(), frozenset()),
+    Verb.PUT_RECIPE: (Write, frozenset({"name", "text"}), frozenset()),
+    Verb.DELETE_RECIPE: (Write, frozenset({"name"}), frozenset()),
+    Verb.PUT_KEYS: (Write, frozenset({"text"}), frozenset()),
 }
-_NAMES = {kind: verb for verb, kind in VERBS.items()}
+"""The class of each verb's request, the keys that it needs, and those that it may have."""
 
 
 def write_request(request: Request) -> bytes:
     """Return the request as its line."""
-    return json.dumps({"verb": _NAMES[type(request)], **asdict(request)}).encode() + b"\n"
+    _, needed, possible = _KEYS[request.verb]
+    values = {name: value for name, value in asdict(request).items() if name in {"verb"} | needed | possible}
+    return json.dumps(values).encode() + b"\n"
 
 
 def parse_request(line: bytes) -> Request:
@@ -133,26 +112,25 @@ def parse_request(line: bytes) -> Request:
         raise BadRequestError(f"expected a request as one line of JSON: {str(error)[:200]}") from None
     if not isinstance(raw, dict):
         raise BadRequestError("expected a request as a JSON object")
-    verb = raw.pop("verb", None)
-    kind = VERBS.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise BadRequestError(f"expected a verb ({', '.join(VERBS)}), found {_shown(verb)}")
-    names = {field.name: field.default is MISSING for field in fields(kind)}
-    if unknown := raw.keys() - names.keys():
+    word = raw.pop("verb", None)
+    verb = next((verb for verb in Verb if verb.value == word), None)
+    if verb is None:
+        raise BadRequestError(f"expected a verb ({', '.join(Verb)}), found {_shown(word)}")
+    kind, needed, possible = _KEYS[verb]
+    if unknown := raw.keys() - needed - possible:
         raise BadRequestError(f"{verb}: expected no key {_shown(min(unknown))}")
-    if missing := [name for name, is_needed in names.items() if is_needed and name not in raw]:
-        raise BadRequestError(f"{verb}: expected a key '{missing[0]}', found none")
+    if missing := needed - raw.keys():
+        raise BadRequestError(f"{verb}: expected a key '{min(missing)}', found none")
     values: dict[str, Any] = {}
     for name, value in raw.items():
-        expected, convert = _CHECKS["file name" if name == "file" and kind in _WRITERS else name]
+        expected, convert = _CHECKS[name]
         values[name] = convert(value)
         if values[name] is _WRONG:
             raise BadRequestError(f"{verb}: {name}: expected {expected}, found {_shown(value)}")
-    request: Request = kind(**values)
+    request: Request = kind(verb=verb, **values)
     return request
 
 
-_WRITERS = (PutRecipe, DeleteRecipe)
 _WRONG = object()
 
 
@@ -193,10 +171,6 @@ def _whole(least: int, most: int) -> Callable[[object], object]:
     return lambda value: value if type(value) is int and least <= value <= most else _WRONG
 
 
-def _truth(value: object) -> object:
-    return value if isinstance(value, bool) else _WRONG
-
-
 def _gpus(value: object) -> object:
     is_good = isinstance(value, list) and len(value) <= 64 and all(_matching(_GPU)(item) is item for item in value)
     return tuple(value) if is_good and isinstance(value, list) else _WRONG
@@ -215,11 +189,10 @@ _CHECKS: Mapping[str, tuple[str, Callable[[object], object]]] = {
     "id": (f"an id ({ID_PATTERN})", _matching(_ID)),
     "hash": ("sha256: and 64 hexadecimal digits", _matching(_HASH)),
     "file": ("the absolute path of a recipe file, or null", _optional(_path)),
-    "file name": ("the name of a .yaml, .yml or .json file without a directory", _matching(_FILE_NAME)),
+    "name": ("the name of a .yaml, .yml or .json file without a directory", _matching(_FILE_NAME)),
     "model": ("the absolute path of a model file", _path),
     "n_ctx_train": ("a whole number from 1 to 2^31, or null", _optional(_whole(1, 1 << 31))),
     "memory_max": ("a whole number of bytes up to 2^60", _whole(0, 1 << 60)),
     "gpus": ("a list of at most 64 UUIDs of GPUs", _gpus),
-    "is_forced": ("true or false", _truth),
     "text": ("text of at most 1 MiB", _text),
 }

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Interval, Len, MaxLen
-
-from llmstudiod.core.lifecycle import ModelSpec
+from llmstudiod.core.bounds import Ge, Interval, Len, MaxLen
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -222,41 +220,10 @@ class LoadedRecipes:
     faults: tuple[Fault, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LifecycleDefaults:
-    """The daemon's settings that a recipe may override. Seconds and counts."""
-
-    idle_timeout_s: float = 600.0
-    drain_timeout_s: float = 60.0
-    stall_timeout_s: float = 120.0
-    concurrency_limit: int = 0
-    max_queue: int = 64
-
-
 def recipe_hash(recipe: Recipe) -> str:
     """Return ``sha256:…`` over the recipe's meaning: comments, order and spelling of the file do not count."""
     canonical = json.dumps(recipe.as_dict(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def model_spec(recipe: Recipe, defaults: LifecycleDefaults) -> ModelSpec:
-    """Return what the scheduler must know of a recipe."""
-
-    def choose(own: float | None, default: float) -> float:
-        return default if own is None else own
-
-    return ModelSpec(
-        id=recipe.id,
-        recipe_hash=recipe_hash(recipe),
-        priority=recipe.priority,
-        is_pinned=recipe.pinned,
-        is_kv_unified=recipe.kv_unified,
-        idle_timeout_s=choose(recipe.idle_timeout, defaults.idle_timeout_s),
-        drain_timeout_s=choose(recipe.drain_timeout, defaults.drain_timeout_s),
-        stall_timeout_s=choose(recipe.load_stall_timeout, defaults.stall_timeout_s),
-        concurrency_limit=recipe.concurrency_limit or defaults.concurrency_limit,
-        max_queue=defaults.max_queue,
-    )
 
 
 def _plain(value: object) -> object:

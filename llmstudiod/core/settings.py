@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Interval
-
-from llmstudiod.core.recipe import Fault, LifecycleDefaults
+from llmstudiod.core.bounds import Ge, Interval
+from llmstudiod.core.recipe import Fault
 
 DEFAULT_FILE = "/etc/llmstudio/llmstudiod.yaml"
 
@@ -40,16 +39,6 @@ class Settings:
         """Return the settings of which ``values`` are the fields, as JSON holds them; nothing is checked again."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
-
-    def lifecycle_defaults(self) -> LifecycleDefaults:
-        """Return the part that recipes may override."""
-        return LifecycleDefaults(
-            idle_timeout_s=self.idle_timeout,
-            drain_timeout_s=self.drain_timeout,
-            stall_timeout_s=self.load_stall_timeout,
-            concurrency_limit=self.concurrency_limit,
-            max_queue=self.max_queue,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Interval, Len, MaxLen
 from pydantic import TypeAdapter, ValidationError
 
+from llmstudiod.core.bounds import Ge, Interval, Len, MaxLen
 from llmstudiod.core.recipe import Fault
 from llmstudiod.core.yaml_lines import Document, Path_
 

@@ -18,6 +18,7 @@ from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_sna
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.errors import ConfigError, LlmstudioError
 from llmstudiod.core.lifecycle import State
+from llmstudiod.core.model_spec import lifecycle_defaults
 from llmstudiod.core.recipe import Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
@@ -146,7 +147,7 @@ class Application:
         settings = found.settings.settings
         self._found = found
         catalogue = catalogue or load_catalogue(settings, found.recipes)
-        self.supervisor.use_catalogue(catalogue, settings.lifecycle_defaults(), max_instances=settings.max_instances)
+        self.supervisor.use_catalogue(catalogue, lifecycle_defaults(settings), max_instances=settings.max_instances)
         warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
         for fault in (*found.settings.faults, *catalogue.faults, *warnings):
             logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)

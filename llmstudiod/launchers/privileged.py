@@ -3,6 +3,8 @@
 import asyncio
 import json
 import posixpath
+import socket
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,10 +12,11 @@ from llmstudiod.core import errors
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError, LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.launcher_protocol import Check, Probe, Request, write_request
+from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, write_request
 from llmstudiod.core.settings import Settings
 
 ANSWER_TIMEOUT_S = 120.0
+READY_FOR_S = 5.0  # the launcher waits for a request for 10 s
 MAX_ANSWER_BYTES = 4 << 20
 _KINDS = {
     kind.kind: kind
@@ -24,6 +27,12 @@ _KINDS = {
 
 class PrivilegedHelper(Protocol):
     """What may start and stop units."""
+
+    def wake(self) -> None:
+        """Say that something will be asked soon."""
+
+    def close(self) -> None:
+        """Hold nothing any more."""
 
     async def ask(self, request: Request) -> dict[str, Any]:
         """Return the answer.
@@ -45,18 +54,22 @@ class PrivilegedProgram:
         """Ask again: the settings may name another."""
         self._known = None
 
+    def wake(self) -> None:
+        """Say that a start will follow."""
+        self._helper.wake()
+
     async def binary(self) -> ServerBinary:
         """Return what the launcher found; asked again when the file on disk has changed."""
         async with self._lock:
             if self._known is None or self._known[0] != await asyncio.to_thread(_identity, self._known[1].argv[0]):
-                answer = await self._helper.ask(Probe())
+                answer = await self._helper.ask(Act(Verb.PROBE))
                 binary = ServerBinary.from_dict(answer["binary"])
                 self._known = (await asyncio.to_thread(_identity, binary.argv[0]), binary)
             return self._known[1]
 
     async def complaint(self, request: LaunchRequest) -> str | None:
         """Return what the binary's own parser says in the model's sandbox."""
-        answer = await self._helper.ask(Check(**launch_fields(request)))
+        answer = await self._helper.ask(launch(Verb.CHECK, request))
         complaint: str | None = answer["complaint"]
         return complaint
 
@@ -66,6 +79,29 @@ class PrivilegedClient:
 
     def __init__(self, socket_path: str) -> None:
         self._socket_path = socket_path
+        self._ready: tuple[float, socket.socket] | None = None
+
+    def wake(self) -> None:
+        """Have systemd start the launcher while we still find out what to ask it, which takes as long."""
+        if self._ready is not None and time.monotonic() - self._ready[0] < READY_FOR_S:
+            return
+        self._drop_ready()
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            connection.connect(self._socket_path)
+        except OSError:
+            connection.close()  # `ask` tries again, and tells
+        else:
+            self._ready = (time.monotonic(), connection)
+
+    def close(self) -> None:
+        """Give up a connection that nobody used."""
+        self._drop_ready()
+
+    def _drop_ready(self) -> None:
+        if self._ready is not None:
+            self._ready[1].close()
+            self._ready = None
 
     async def ask(self, request: Request) -> dict[str, Any]:
         """Return the launcher's answer.
@@ -88,7 +124,12 @@ class PrivilegedClient:
         return answer
 
     async def _exchange(self, line: bytes) -> bytes:
-        reader, writer = await asyncio.open_unix_connection(self._socket_path, limit=MAX_ANSWER_BYTES)
+        self.wake()
+        (_, connection), self._ready = self._ready or (0.0, None), None
+        if connection is not None:
+            reader, writer = await asyncio.open_unix_connection(sock=connection, limit=MAX_ANSWER_BYTES)
+        else:
+            reader, writer = await asyncio.open_unix_connection(self._socket_path, limit=MAX_ANSWER_BYTES)
         try:
             writer.write(line)
             await writer.drain()
@@ -97,15 +138,16 @@ class PrivilegedClient:
             writer.close()
 
 
-def launch_fields(request: LaunchRequest) -> dict[str, Any]:
+def launch(verb: Verb, request: LaunchRequest) -> Launch:
     """Return what the launcher is told of a launch: which recipe, and what was found out about its files."""
-    return {
-        "id": request.model_id,
-        "hash": request.recipe_hash,
-        "file": request.recipe_file,
-        "model": posixpath.normpath(request.model_path),
-        "n_ctx_train": request.n_ctx_train,
-    }
+    return Launch(
+        verb=verb,
+        id=request.model_id,
+        hash=request.recipe_hash,
+        file=request.recipe_file,
+        model=posixpath.normpath(request.model_path),
+        n_ctx_train=request.n_ctx_train,
+    )
 
 
 def _identity(path: str) -> object:

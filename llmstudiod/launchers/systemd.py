@@ -10,10 +10,10 @@ from pathlib import Path
 
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.launcher_protocol import Show, Start, Stop
+from llmstudiod.core.launcher_protocol import Act, Verb
 from llmstudiod.core.unit import PREFIX, inside_socket_path, unit_name
 from llmstudiod.launchers.base import Exit, Unit
-from llmstudiod.launchers.privileged import PrivilegedHelper, launch_fields
+from llmstudiod.launchers.privileged import PrivilegedHelper, launch
 
 COMMAND_TIMEOUT_S = 45.0
 SETTLE_S = 0.05
@@ -51,7 +51,7 @@ class SystemdLauncher:
 
     async def show(self, request: LaunchRequest) -> list[str] | None:
         """Return the systemd-run command line with which the launcher would start the unit."""
-        answer = await self._helper.ask(Show(**launch_fields(request)))
+        answer = await self._helper.ask(launch(Verb.SHOW, request))
         command: list[str] = answer["command"]
         return command
 
@@ -60,7 +60,7 @@ class SystemdLauncher:
         await self.clean_up()  # before our first unit, or it would be taken for a left one
         name = unit_name(request.model_id)
         try:
-            _ = await self._helper.ask(Start(**launch_fields(request)))
+            _ = await self._helper.ask(launch(Verb.START, request))
         except LauncherError as error:
             lines = [line.strip() for line in error.message.splitlines() if line.strip()]
             lines = lines or await _failed_start(name, request.argv[0])
@@ -96,7 +96,7 @@ class SystemdLauncher:
         """Stop the unit: SIGTERM, ten seconds, SIGKILL, as its properties say."""
         name = unit_name(model_id)
         try:
-            _ = await self._helper.ask(Stop(model_id, is_forced))
+            _ = await self._helper.ask(Act(Verb.KILL if is_forced else Verb.STOP, model_id))
         except LauncherError as error:
             hint = f"try `systemctl stop {name}` by hand"
             raise LauncherError(f"cannot stop {name}: {error.message}", hint=hint) from error
@@ -136,7 +136,8 @@ class SystemdLauncher:
         return models
 
     async def close(self) -> None:
-        """Units belong to systemd; there is nothing to give up."""
+        """Give up the way to the launcher; units belong to systemd."""
+        self._helper.close()
 
 
 async def _run(argv: Sequence[str]) -> tuple[int, str]:

@@ -4,7 +4,6 @@ systemd starts it with its listening socket, which only the daemon's user may op
 """
 
 import json
-import logging
 import os
 import pwd
 import select
@@ -25,7 +24,6 @@ IDLE_S = 60.0
 READ_TIMEOUT_S = 10.0
 MAX_AT_ONCE = 64
 FIRST_FD = 3  # sd_listen_fds(3)
-logger = logging.getLogger(__name__)
 
 
 def serve(listener: socket.socket, units: Units, *, uids: frozenset[int], idle_s: float = IDLE_S) -> None:
@@ -50,15 +48,17 @@ def _serve_one(connection: socket.socket, units: Units, uids: frozenset[int]) ->
         try:
             answer = _answer(connection, units, uids)
         except LlmstudioError as error:
-            logger.info("refused or failed: %s", error.message)
+            _log(f"refused or failed: {error.message}")
             answer = _error(error)
-        except Exception as error:  # whatever it is, it must not take the others' requests down
-            logger.exception("internal error")
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the others' requests down
+            import traceback
+
+            _log(f"internal error: {''.join(traceback.format_exception(error))}")
             answer = _error(LauncherError(f"llmstudio-launcher failed: {error}"))
         try:
             connection.sendall(json.dumps(answer).encode() + b"\n")
         except OSError as error:
-            logger.info("the answer was not wanted any more: %s", error)
+            _log(f"the answer was not wanted any more: {error}")
 
 
 def _answer(connection: socket.socket, units: Units, uids: frozenset[int]) -> dict[str, Any]:
@@ -78,11 +78,16 @@ def _error(error: LlmstudioError) -> dict[str, Any]:
     return {"error": {"kind": error.kind, "message": error.message, "hint": error.hint, "details": error.details}}
 
 
+def _log(message: str) -> None:
+    """Write to the journal. The logging module takes longer to import than a request takes."""
+    sys.stderr.write(message.rstrip() + "\n")
+    sys.stderr.flush()
+
+
 def main() -> int:
     """Serve the socket that systemd hands over; return the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     if os.environ.get("LISTEN_FDS") != "1":
-        logger.error("llmstudio-launcher is started by systemd, through llmstudio-launcher.socket")
+        _log("llmstudio-launcher is started by systemd, through llmstudio-launcher.socket")
         return 2
     store = Store(DEFAULT_FILE, Path(os.environ.get("STATE_DIRECTORY", "/var/lib/llmstudio-launcher")))
     with socket.socket(fileno=FIRST_FD) as listener:

@@ -3,7 +3,6 @@
 import grp
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, assert_never
 
-from llmstudiod.core import launcher_protocol as ask
 from llmstudiod.core.binary_answers import QUESTIONS, Answer, chosen_binary, complaint, described, executables
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.gpu_nodes import gpu_nodes, nvidia_minors
 from llmstudiod.core.launch import LaunchRequest, launch_request, question
+from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, Write
 from llmstudiod.core.settings import Settings
 from llmstudiod.core.unit import inside_socket_path, question_argv, stop_argv, systemd_run_argv, unit_name
 from llmstudiod.privileged.files import checked, model_files
@@ -37,34 +36,34 @@ class Units:
         self._store = store
         self._numbers = itertools.count(1)
 
-    def perform(self, request: ask.Request) -> dict[str, Any]:
+    def perform(self, request: Request) -> dict[str, Any]:
         """Do what is asked and return the answer, or raise an LlmstudioError that says why not."""
         settings = self._store.settings()
         match request:
-            case ask.Start():
-                start_unit(self._request(request, settings))
-            case ask.Show():
-                return {"command": systemd_run_argv(self._request(request, settings))}
-            case ask.Check():
+            case Launch():
                 wanted = self._request(request, settings)
-                return {"complaint": complaint(self._ask(replace(wanted, argv=(*wanted.argv, "--version"))))}
-            case ask.Stop():
-                stop_unit(request.id, is_forced=request.is_forced)
-            case ask.Reset():
-                _run("systemctl", "reset-failed", unit_name(request.id))
-            case ask.Probe():
+                if request.verb is Verb.SHOW:
+                    return {"command": systemd_run_argv(wanted)}
+                if request.verb is Verb.CHECK:
+                    return {"complaint": complaint(self._ask(replace(wanted, argv=(*wanted.argv, "--version"))))}
+                start_unit(wanted)
+            case Act(verb=Verb.PROBE):
                 return {"binary": self._binary(settings).as_dict()}
-            case ask.PutRecipe():
-                self._store.put_recipe(request.file, request.text, settings)
-            case ask.DeleteRecipe():
-                self._store.delete_recipe(request.file, settings)
-            case ask.PutKeys():
+            case Act(verb=Verb.RESET):
+                _run("systemctl", "reset-failed", unit_name(request.id))
+            case Act():
+                stop_unit(request.id, is_forced=request.verb is Verb.KILL)
+            case Write(verb=Verb.PUT_KEYS):
                 self._store.put_keys(request.text, settings)
+            case Write(verb=Verb.DELETE_RECIPE):
+                self._store.delete_recipe(request.name, settings)
+            case Write():
+                self._store.put_recipe(request.name, request.text, settings)
             case _:
                 assert_never(request)
         return {}
 
-    def _request(self, launch: ask.Launch, settings: Settings) -> LaunchRequest:
+    def _request(self, launch: Launch, settings: Settings) -> LaunchRequest:
         """Return all that is started, derived from root's own files; the daemon adds numbers and GPUs."""
         recipe, binary = self._store.recipe(launch, settings), self._binary(settings)
         files = model_files(recipe, launch, settings.model_dirs)
@@ -82,7 +81,8 @@ class Units:
 
     def _binary(self, settings: Settings) -> ServerBinary:
         """Return the binary with what it says of itself; asked again when the file on disk has changed."""
-        variable, on_path = os.environ.get("LLAMA_SERVER_PATH"), shutil.which("llama-server")
+        places = [os.path.join(directory, "llama-server") for directory in os.get_exec_path()]
+        variable, on_path = os.environ.get("LLAMA_SERVER_PATH"), next(filter(os.path.isfile, places), None)
         engine = (sys.executable, "-m", "llmstudiod.engine") if find_spec("xllamacpp") else None
         found = chosen_binary(setting=settings.llama_server, variable=variable, on_path=on_path, engine=engine)
         real = os.path.realpath(found.argv[0])

@@ -15,7 +15,8 @@ from typing import Any
 
 from llmstudiod.core.catalogue import build_catalogue
 from llmstudiod.core.lifecycle import State
-from llmstudiod.core.recipe import LifecycleDefaults, Recipe, RecipeEntry
+from llmstudiod.core.model_spec import LifecycleDefaults
+from llmstudiod.core.recipe import Recipe, RecipeEntry
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.http.client import EndpointServer
 from llmstudiod.http.fast_path import FastPath

@@ -20,7 +20,7 @@ import pytest
 
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.launcher_protocol import Request, Start, Stop
+from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb
 from llmstudiod.launchers.base import Exit, Launcher, Unit
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.launchers.systemd import SystemdLauncher
@@ -46,13 +46,19 @@ class AsRoot:
 
     requests: dict[str, LaunchRequest]
 
+    def wake(self) -> None:
+        """Sleep never."""
+
+    def close(self) -> None:
+        """Hold nothing."""
+
     async def ask(self, request: Request) -> dict[str, Any]:
         """Start or stop a unit."""
         match request:
-            case Start():
+            case Launch(verb=Verb.START):
                 await asyncio.to_thread(start_unit, self.requests[request.id])
-            case Stop():
-                await asyncio.to_thread(stop_unit, request.id, is_forced=request.is_forced)
+            case Act(verb=Verb.STOP | Verb.KILL):
+                await asyncio.to_thread(stop_unit, request.id, is_forced=request.verb is Verb.KILL)
             case _:
                 raise NotImplementedError(request)
         return {}
@@ -427,7 +433,7 @@ import asyncio, sys
 from pathlib import Path
 from typing import Any, TypeVar
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.launcher_protocol import Request, Start, Stop
+from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 
 async def main():

@@ -15,7 +15,6 @@ CORE_MAY_NOT = {
     "asyncio", "concurrent", "http", "io", "logging", "multiprocessing", "os", "pathlib", "random", "secrets", "select",
     "shutil", "signal", "socket", "ssl", "subprocess", "tempfile", "threading", "time", "urllib",
 }  # fmt: skip
-CORE_MAY = {"annotated_types"}
 # Text in, values out: pure as well, but slow to import, so nobody who only wants the values may depend on them.
 READERS = {"core.yaml_lines": {"yaml"}, "core.validation": {"pydantic"}}
 USERS_OF_READERS = {"core.recipe_reader", "core.settings_reader"}
@@ -109,7 +108,7 @@ def test_core_is_pure(module: str) -> None:
     """The core does no input or output, knows no clock, and needs nothing but the standard library."""
     roots = {name.split(".")[0] for name in imported(MODULES[module])} - {PACKAGE}
     assert roots & CORE_MAY_NOT == set()
-    assert roots - sys.stdlib_module_names - CORE_MAY == READERS.get(module, set())
+    assert roots - sys.stdlib_module_names == READERS.get(module, set())
 
 
 def test_core_is_quick_to_import_without_the_readers() -> None:

@@ -13,7 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from llmstudiod.adapters.settings_file import load_settings
-from llmstudiod.core.recipe import Fault, LifecycleDefaults, Severity
+from llmstudiod.core.model_spec import LifecycleDefaults, lifecycle_defaults
+from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.settings import LoadedSettings, Settings
 from tests.unit.test_yaml_lines import BOMB
 
@@ -160,10 +161,8 @@ def test_environment_wins_in_development_only(file: Path) -> None:
 
 def test_recipes_inherit_the_life_cycle_settings() -> None:
     """The defaults stand in one place: those of the settings are those of the life cycle."""
-    assert Settings().lifecycle_defaults() == LifecycleDefaults()
-    assert Settings(idle_timeout=5, max_queue=3).lifecycle_defaults() == LifecycleDefaults(
-        idle_timeout_s=5, max_queue=3
-    )
+    assert lifecycle_defaults(Settings()) == LifecycleDefaults()
+    assert lifecycle_defaults(Settings(idle_timeout=5, max_queue=3)) == LifecycleDefaults(idle_timeout_s=5, max_queue=3)
 
 
 VALUES = st.recursive(

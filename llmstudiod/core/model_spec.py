@@ -1,0 +1,49 @@
+"""What the scheduler must know of a model: its recipe, and the settings where the recipe says nothing."""
+
+from dataclasses import dataclass
+
+from llmstudiod.core.lifecycle import ModelSpec
+from llmstudiod.core.recipe import Recipe, recipe_hash
+from llmstudiod.core.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class LifecycleDefaults:
+    """The daemon's settings that a recipe may override. Seconds and counts."""
+
+    idle_timeout_s: float = 600.0
+    drain_timeout_s: float = 60.0
+    stall_timeout_s: float = 120.0
+    concurrency_limit: int = 0
+    max_queue: int = 64
+
+
+def lifecycle_defaults(settings: Settings) -> LifecycleDefaults:
+    """Return the part of the settings that recipes may override."""
+    return LifecycleDefaults(
+        idle_timeout_s=settings.idle_timeout,
+        drain_timeout_s=settings.drain_timeout,
+        stall_timeout_s=settings.load_stall_timeout,
+        concurrency_limit=settings.concurrency_limit,
+        max_queue=settings.max_queue,
+    )
+
+
+def model_spec(recipe: Recipe, defaults: LifecycleDefaults) -> ModelSpec:
+    """Return what the scheduler must know of a recipe."""
+
+    def choose(own: float | None, default: float) -> float:
+        return default if own is None else own
+
+    return ModelSpec(
+        id=recipe.id,
+        recipe_hash=recipe_hash(recipe),
+        priority=recipe.priority,
+        is_pinned=recipe.pinned,
+        is_kv_unified=recipe.kv_unified,
+        idle_timeout_s=choose(recipe.idle_timeout, defaults.idle_timeout_s),
+        drain_timeout_s=choose(recipe.drain_timeout, defaults.drain_timeout_s),
+        stall_timeout_s=choose(recipe.load_stall_timeout, defaults.stall_timeout_s),
+        concurrency_limit=recipe.concurrency_limit or defaults.concurrency_limit,
+        max_queue=defaults.max_queue,
+    )
