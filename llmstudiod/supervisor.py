@@ -36,21 +36,24 @@ from llmstudiod.core.events import (
     StopUnit,
     TimerFired,
     UnitFailed,
+    UnitFound,
     UnitGone,
     UnitStarted,
     UnloadAsked,
     VetPlan,
+    WatchUnit,
 )
 from llmstudiod.core.lifecycle import Failure, InstanceView, State
 from llmstudiod.core.model_spec import LifecycleDefaults, model_spec
 from llmstudiod.core.reasons import explain_exit
-from llmstudiod.core.recipe import RecipeEntry
+from llmstudiod.core.recipe import RecipeEntry, recipe_hash
 from llmstudiod.core.scheduler import Scheduler
-from llmstudiod.launchers.base import Launcher, Unit
+from llmstudiod.launchers.base import FoundUnit, Launcher, Unit
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_S = 1.0
+POLL_S = 0.02
 _INTERNAL = Failure("internal", "an internal error, see the daemon's log")
 
 
@@ -89,6 +92,7 @@ class _Running:
     run: int
     task: asyncio.Task[None] | None = None
     plan: Plan | None = None
+    alias: str | None = None  # the name that the server knows itself by; None: a recipe of before said which
     unit: Unit | None = None
     verdict: Failure | None = None  # what we found out ourselves; it explains the end that we then bring about
     launched: asyncio.Event = field(default_factory=asyncio.Event)
@@ -119,6 +123,7 @@ class Supervisor:
         self._queue: deque[Event] = deque()
         self._is_handling = False
         self._running: dict[str, _Running] = {}
+        self._found: dict[str, FoundUnit] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = asyncio.Event()
 
@@ -220,11 +225,31 @@ class Supervisor:
         if ticket.error is not None:
             raise ticket.error
 
+    def adopt(self, found: FoundUnit) -> None:
+        """Go on with a server that an earlier daemon started."""
+        model = found.unit.model_id
+        self._found[model] = found
+        self.post(UnitFound(self._clock(), model, found.recipe_hash))
+
+    async def leave(self, *, within_s: float) -> None:
+        """Finish what is asked, refuse what is not done in time, and leave the servers running."""
+        try:
+            async with asyncio.timeout(within_s):
+                while self._tickets:  # noqa: ASYNC110 - the end of a ticket is the hot path, and tells nobody
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            logger.warning("%d requests were not done within %.0f s", len(self._tickets), within_s)
+        self.post(ShutdownAsked(self._clock(), leaves_units=True))
+        await self._cancel_tasks()
+
     async def shut_down(self) -> None:
         """Answer every waiter, drain and stop every model; return when no process is left."""
         self.post(ShutdownAsked(self._clock()))
         while not self._scheduler.is_quiet():
             await self.changed()
+        await self._cancel_tasks()
+
+    async def _cancel_tasks(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -263,12 +288,23 @@ class Supervisor:
             case StartUnit():
                 running = self._running[action.model] = _Running(action.run)
                 running.task = self.spawn(self._start(action.model, running), f"start {action.model}")
+            case WatchUnit():
+                running = self._running[action.model] = self._adopted(action)
+                running.task = self.spawn(self._watch(action.model, running), f"watch {action.model}")
             case StopUnit():
                 _ = self.spawn(self._stop(action), f"stop {action.model}")
             case Publish():
                 self._publish(action)
             case _:
                 assert_never(action)
+
+    def _adopted(self, action: WatchUnit) -> _Running:
+        found = self._found.pop(action.model)
+        entry = self._catalogue.entries[action.model]
+        is_same = found.recipe_hash == recipe_hash(entry.recipe)
+        running = _Running(action.run, unit=found.unit, alias=entry.recipe.alias if is_same else None)
+        running.launched.set()
+        return running
 
     def _settle(self, number: int, error: LlmstudioError | None) -> None:
         ticket = self._tickets.get(number)
@@ -312,9 +348,11 @@ class Supervisor:
             self.post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure))
 
     async def _start(self, model: str, running: _Running) -> None:
-        """Plan, start, wait until ready, then wait for the end: the whole life of one run."""
+        """Plan and start, then watch: the whole life of one run."""
         try:
-            running.plan = await self._planner.plan(self._entry(model))
+            entry = self._entry(model)
+            running.plan = await self._planner.plan(entry)
+            running.alias = entry.recipe.alias
             running.unit = await self._launcher.start(running.plan.request)
         except LlmstudioError as error:
             self._failed(model, running.run, _failure_of(error))
@@ -324,9 +362,14 @@ class Supervisor:
             raise
         finally:
             running.launched.set()
-        unit = running.unit
-        logger.info("%s: %s runs as pid %d", model, unit.name, unit.pid)
+        logger.info("%s: %s runs as pid %d", model, running.unit.name, running.unit.pid)
         self.post(UnitStarted(self._clock(), model, running.run))
+        await self._watch(model, running)
+
+    async def _watch(self, model: str, running: _Running) -> None:
+        """Wait until a unit that runs is ready, then for its end."""
+        unit = running.unit
+        assert unit is not None
         readiness = self.spawn(self._await_ready(model, running), f"probe {model}")
         try:
             end = await self._launcher.wait(unit)
@@ -350,16 +393,15 @@ class Supervisor:
         self.post(UnitFailed(self._clock(), model, run, failure))
 
     async def _await_ready(self, model: str, running: _Running) -> None:
-        assert running.plan is not None
         assert running.unit is not None
         watcher = self.spawn(self._watch_progress(model, running.run, running.unit), f"progress {model}")
         try:
-            socket_path = running.plan.request.socket_path
-            facts = await wait_ready(socket_path, alias=running.plan.alias)
+            socket_path = self._launcher.socket_path(model)
+            facts = await wait_ready(socket_path, alias=running.alias)
         finally:
             watcher.cancel()
         if isinstance(facts, NotOurs):
-            message = f"'{facts.alias}' answers at its socket instead of '{running.plan.alias}'"
+            message = f"'{facts.alias}' answers at its socket instead of '{running.alias}'"
             running.verdict = Failure("socket", message, "is another server using this socket?")
             await self._stop_unit(model, is_forced=True)
             return

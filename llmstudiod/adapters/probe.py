@@ -19,9 +19,10 @@ class NotOurs:
     alias: str
 
 
-async def wait_ready(socket_path: str, *, alias: str) -> UpstreamFacts | NotOurs:
+async def wait_ready(socket_path: str, *, alias: str | None) -> UpstreamFacts | NotOurs:
     """Return what the server says of itself once /health answers 200; waits for as long as it takes.
 
+    ``alias`` is the name by which it must know itself; None: any will do.
     The caller bounds the wait: by the process's end, by the stall rule, by cancelling.
     """
     pause = FIRST_PAUSE_S
@@ -39,7 +40,7 @@ async def wait_ready(socket_path: str, *, alias: str) -> UpstreamFacts | NotOurs
         facts = UpstreamFacts(n_parallel=int(props.get("total_slots", 1)), n_ctx=int(settings.get("n_ctx", 0)))
     except (ValueError, TypeError, AttributeError):
         return NotOurs("somebody who does not speak llama-server's language")
-    return facts if found == alias else NotOurs(found)
+    return facts if alias in {None, found} else NotOurs(found)
 
 
 async def get(socket_path: str, path: str) -> tuple[int, bytes]:

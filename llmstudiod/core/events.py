@@ -128,10 +128,20 @@ class SpecsChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class ShutdownAsked:
-    """Stop everything: answer the waiters, drain, stop the units."""
+class UnitFound:
+    """A unit of an earlier daemon serves this model; ``recipe_hash`` is that of the recipe it was started with."""
 
     at: float
+    model: str
+    recipe_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownAsked:
+    """Answer the waiters; then drain and stop the units, unless ``leaves_units``: the next daemon will find them."""
+
+    at: float
+    leaves_units: bool = False
 
 
 Event = (
@@ -146,6 +156,7 @@ Event = (
     | UnitGone
     | TimerFired
     | SpecsChanged
+    | UnitFound
     | ShutdownAsked
 )
 
@@ -164,6 +175,14 @@ class VetPlan:
 @dataclass(frozen=True, slots=True)
 class StartUnit:
     """Plan and start a server for the model; ends in `UnitStarted` or `UnitFailed`, later in `BecameReady`."""
+
+    model: str
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class WatchUnit:
+    """Watch the unit that was found, as if it had just been started; ends in `BecameReady` or `UnitFailed`."""
 
     model: str
     run: int
@@ -219,4 +238,4 @@ class Publish:
     transition: Transition
 
 
-Action = VetPlan | StartUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish
+Action = VetPlan | StartUnit | WatchUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish

@@ -3,18 +3,13 @@
 `Scheduler.handle` takes one event and returns the actions that follow. The supervisor is its only caller.
 In every moment each request is in exactly one place: waiting in one instance, in flight in one instance, or gone.
 
-Room: with ``max_instances`` a model that is wanted and not resident needs a place. Wanted models are served in the
-order of priority, then of their oldest waiter; each instance that is already leaving is promised to one of them.
-Only an idle instance is ever stopped to make room. A busy one is asked to drain once somebody has waited for
-``overtake_s``; if that somebody goes away, or another instance falls idle first, it serves on as if nothing had been.
-Two rules keep two busy models from throwing each other out without an end: a busy one is not asked while its own
-oldest waiter came earlier (it would have the place again at once), and whoever was asked comes back with no more
-priority than the one that it made room for.
+Who has to go when there is not room for all is chosen in `llmstudiod.core.room`.
 """
 
 from collections.abc import Callable
 from typing import TypeVar, assert_never
 
+from llmstudiod.core import room
 from llmstudiod.core.errors import (
     BackingOffError,
     LlmstudioError,
@@ -46,10 +41,12 @@ from llmstudiod.core.events import (
     Timer,
     TimerFired,
     UnitFailed,
+    UnitFound,
     UnitGone,
     UnitStarted,
     UnloadAsked,
     VetPlan,
+    WatchUnit,
 )
 from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Waiter, view
 
@@ -125,8 +122,10 @@ class Scheduler:
                 self._of_run(event, self._timer_fired)
             case SpecsChanged():
                 self._change_specs(event)
+            case UnitFound():
+                self._adopt(event)
             case ShutdownAsked():
-                self._shut_down(event.at)
+                self._shut_down(event)
             case _:
                 assert_never(event)
         # Whatever happened may have made a wish, a place or an idle instance; asking again changes nothing.
@@ -255,6 +254,20 @@ class Scheduler:
         self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
         self._actions.append(StartUnit(instance.spec.id, instance.run))
         self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
+
+    def _adopt(self, event: UnitFound) -> None:
+        """Take over what an earlier daemon started; under another recipe it serves on until it is idle."""
+        instance = self._instances.get(event.model)
+        if instance is None or instance.is_resident:
+            return
+        self._last_run += 1
+        instance.run = self._last_run
+        instance.progress_at = event.at
+        instance.stop_cause = None
+        instance.is_stale = event.recipe_hash != instance.spec.recipe_hash
+        self._move(instance, State.LOADING, event.at, "it was running already")
+        self._actions.append(WatchUnit(event.model, instance.run))
+        self._set_timer(instance, Timer.STALL, event.at + instance.spec.stall_timeout_s)
 
     def _started(self, instance: Instance, event: UnitStarted) -> None:
         if instance.state is State.STARTING:
@@ -460,10 +473,12 @@ class Scheduler:
         elif instance.state is not State.STOPPING:
             self._drain(instance, at, StopCause.REMOVED)
 
-    def _shut_down(self, at: float) -> None:
-        self._is_shutting_down = True
+    def _shut_down(self, event: ShutdownAsked) -> None:
+        self._is_shutting_down, at = True, event.at
         for instance in self._instances.values():
             self._refuse_waiters(instance, ShuttingDownError("the daemon is stopping", hint="try again in a moment"))
+            if event.leaves_units:
+                continue
             if instance.state in {State.STARTING, State.LOADING}:
                 self._stop(instance, at, cause=StopCause.SHUTDOWN)
             elif instance.state in {State.READY, State.DRAINING}:
@@ -475,17 +490,21 @@ class Scheduler:
         """Start what is wanted, as far as there is room; make room where there is none."""
         if self._is_shutting_down:
             return
-        wanted = [instance for instance in self._instances.values() if instance.waiters and not instance.is_resident]
-        if not wanted and not any(map(_can_be_recalled, self._instances.values())):
+        instances = self._instances.values()
+        wanted = room.wanted(instances)
+        if not wanted and not room.recallable(instances):
             return
-        wanted.sort(key=_admission_order)
-        free = self._free_places(len(wanted))
+        free = room.free_places(instances, max_instances=self.max_instances, n_wanted=len(wanted))
         for instance in wanted[:free]:
             self._start(instance, at)
         queue = self._vetted_ones(wanted[free:])
-        self._evict_unused(len(queue) - len(self._leaving(is_sure=True)), at)
-        self._recall(len(self._leaving()) - len(queue), at)
-        for instance in queue[len(self._leaving()) :]:
+        n_sure = len(room.leaving(instances)) - len(room.recallable(instances))
+        for instance in room.unused(instances)[: max(0, len(queue) - n_sure)]:
+            self._stop(instance, at, cause=StopCause.EVICT if instance.is_idle else StopCause.ABANDONED)
+        n_spare = len(room.leaving(instances)) - len(queue)
+        for instance in room.recallable(instances)[: max(0, n_spare)]:
+            self._recall(instance, at)
+        for instance in queue[len(room.leaving(instances)) :]:
             self._wait_for_busy(instance, at)
 
     def _vetted_ones(self, wanted: list[Instance]) -> list[Instance]:
@@ -508,87 +527,36 @@ class Scheduler:
             self._fail(instance, event.at, event.failure)
             self._refuse_waiters(instance, _failure_error(instance.spec.id, event.failure, was_serving=False))
 
-    def _free_places(self, wanted: int) -> int:
-        if not self.max_instances:
-            return wanted
-        return max(0, self.max_instances - sum(instance.is_resident for instance in self._instances.values()))
-
-    def _leaving(self, *, is_sure: bool = False) -> list[Instance]:
-        """Return who will give its place up; ``is_sure`` leaves out the busy ones that were only asked to."""
-        leaving = [i for i in self._instances.values() if i.state in {State.DRAINING, State.STOPPING}]
-        return [i for i in leaving if not (is_sure and _can_be_recalled(i))]
-
-    def _evict_unused(self, places: int, at: float) -> None:
-        """Stop up to ``places`` instances that nobody uses: loads that lost their last waiter, then idle ones."""
-        evictable = self._evictable()
-        abandoned = [i for i in evictable if i.state in {State.STARTING, State.LOADING} and not i.waiters]
-        idle = sorted((i for i in evictable if i.is_idle), key=_eviction_order)
-        for instance in (abandoned + idle)[: max(0, places)]:
-            self._stop(instance, at, cause=StopCause.EVICT if instance.is_idle else StopCause.ABANDONED)
-
-    def _recall(self, spare: int, at: float) -> None:
-        """Let up to ``spare`` instances that drain for an eviction serve on: nobody needs their places any more."""
-        for instance in [i for i in self._leaving() if _can_be_recalled(i)][: max(0, spare)]:
-            instance.stop_cause = None
-            instance.yields_to = None
-            self._move(instance, State.READY, at, "its place is not needed any more")
-            self._admit(instance, at)
+    def _recall(self, instance: Instance, at: float) -> None:
+        """Let an instance that drains for an eviction serve on: nobody needs its place any more."""
+        instance.stop_cause = None
+        instance.yields_to = None
+        self._move(instance, State.READY, at, "its place is not needed any more")
+        self._admit(instance, at)
 
     def _wait_for_busy(self, wanted: Instance, at: float) -> None:
         """Nothing is unused: ask a busy instance to drain once ``wanted`` has waited for long enough."""
-        evictable = self._evictable()
-        if not evictable and not self._leaving():
+        instances = self._instances.values()
+        if not room.evictable(instances) and not room.leaving(instances):
             self._refuse_waiters(wanted, self._all_pinned(wanted))
             return
-        waited_since = _oldest_arrival(wanted)
+        waited_since = room.oldest_arrival(wanted)
         due_at = waited_since + self._overtake_s
         if at < due_at:
             if wanted.overtake_at != due_at:
                 wanted.overtake_at = due_at
                 self._set_timer(wanted, Timer.OVERTAKE, due_at)
             return
-        ready = [instance for instance in evictable if instance.state is State.READY]
-        busy = [i for i in ready if not i.waiters or _oldest_arrival(i) >= waited_since]
-        if busy:
-            victim = min(busy, key=_eviction_order)
+        victim = room.busy_victim(instances, waited_since=waited_since)
+        if victim is not None:
             victim.yields_to = wanted
             self._drain(victim, at, StopCause.EVICT)
-
-    def _evictable(self) -> list[Instance]:
-        staying = {State.STARTING, State.LOADING, State.READY}
-        return [i for i in self._instances.values() if i.state in staying and not i.spec.is_pinned]
 
     def _all_pinned(self, wanted: Instance) -> LlmstudioError:
         return UnavailableError(
             f"cannot load '{wanted.spec.id}': max_instances is {self.max_instances}, and all that run are pinned",
             hint="unpin one (pinned: false), or raise max_instances",
         )
-
-
-def _admission_order(instance: Instance) -> tuple[int, float]:
-    """Highest priority first, then whoever has the oldest waiter."""
-    return (-_rank(instance), _oldest_arrival(instance))
-
-
-def _eviction_order(instance: Instance) -> tuple[int, float]:
-    """Lowest priority first, then the least recently used; to be loaded counts as a use."""
-    return (instance.spec.priority, max(instance.last_used, instance.ready_at))
-
-
-def _rank(instance: Instance) -> int:
-    """Return its priority, no higher than that of whom it yields to; such chains end, since a start clears them."""
-    other = instance.yields_to
-    if other is None or other.is_resident or not other.waiters:
-        return instance.spec.priority
-    return min(instance.spec.priority, _rank(other))
-
-
-def _oldest_arrival(instance: Instance) -> float:
-    return next(iter(instance.waiters.values())).arrived_at
-
-
-def _can_be_recalled(instance: Instance) -> bool:
-    return instance.state is State.DRAINING and instance.stop_cause is StopCause.EVICT
 
 
 def _failure_error(model: str, failure: Failure, *, was_serving: bool) -> LlmstudioError:

@@ -82,6 +82,7 @@ class Application:
         )
         self._put_in_force(found)
         self._servers: list[asyncio.Server] = []
+        self._strangers: list[str] = []
         self._ports: list[int] = []
 
     @contextlib.asynccontextmanager
@@ -110,13 +111,26 @@ class Application:
             await runner.cleanup()
             await self.launcher.close()
 
+    async def adopt(self) -> None:
+        """Take over the servers that an earlier daemon left; before the first request, which would start them anew."""
+        try:
+            running = await self.launcher.find_running()
+        except LlmstudioError as error:
+            logger.error("%s", error)  # noqa: TRY400 - no bug
+            return
+        for found in running:
+            if found.unit.model_id in self.supervisor.catalogue.entries:
+                self.supervisor.adopt(found)
+            else:
+                self._strangers.append(found.unit.model_id)
+
     async def after_start(self) -> None:
         """What need not be done before the first answer: leftovers, the binary, models to be loaded at once."""
         if not self._is_from_snapshot:
             await asyncio.to_thread(self._write_snapshot)
-        left = await self.launcher.clean_up()
-        if left:
-            logger.warning("stopped what an earlier daemon had left: %s", ", ".join(left))
+        for model in self._strangers:
+            logger.warning("%s: it runs, but there is no such recipe any more: it is stopped", model)
+            await self.launcher.stop(model, is_forced=False)
         try:
             binary = await self.planner.binary()
         except LlmstudioError as error:
@@ -158,10 +172,13 @@ class Application:
             write_snapshot(self._snapshot_dir, self._config, self._found, began_ns=self._read_began_ns)
 
     async def stop(self) -> None:
-        """Take no new connections, answer the waiters, let what is in flight end, stop the models."""
+        """Take no new connections and let what is in flight end; stop the models where they cannot outlive us."""
         for server in self._servers:
             server.close()
-        await self.supervisor.shut_down()
+        if self.launcher.outlives_us:
+            await self.supervisor.leave(within_s=self.loaded.settings.drain_timeout)
+        else:
+            await self.supervisor.shut_down()
 
     def status_line(self) -> str:
         """Return one line for ``systemctl status``."""

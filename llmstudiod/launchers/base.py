@@ -18,6 +18,14 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundUnit:
+    """A running server of an earlier daemon, and the hash of the recipe that it was started with."""
+
+    unit: Unit
+    recipe_hash: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """How a server ended. ``result`` is systemd's word: success, exit-code, signal, core-dump, oom-kill, timeout."""
 
@@ -40,6 +48,8 @@ class Launcher(Protocol):
 
     name: str
     is_sandboxed: bool
+    outlives_us: bool
+    """Whether servers run on when the daemon ends."""
 
     def socket_path(self, model_id: str) -> str:
         """Return where the model's server must listen."""
@@ -66,8 +76,8 @@ class Launcher(Protocol):
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines of the model's log, then those that its server writes from now on."""
 
-    async def clean_up(self) -> list[str]:
-        """Stop what an earlier daemon has left; return the models concerned."""
+    async def find_running(self) -> list[FoundUnit]:
+        """Return the servers of an earlier daemon that still run; they are to be watched, or to be stopped."""
 
     async def close(self) -> None:
         """Give up whatever the launcher itself holds."""

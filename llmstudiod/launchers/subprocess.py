@@ -16,7 +16,7 @@ from pathlib import Path
 from llmstudiod.adapters.binary import clean_environment
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.launchers.base import Exit, Unit
+from llmstudiod.launchers.base import Exit, FoundUnit, Unit
 from llmstudiod.launchers.log_buffer import LogBuffer, PipeDrain
 
 GUARD = str(Path(__file__).with_name("guard.py"))
@@ -37,6 +37,7 @@ class SubprocessLauncher:
 
     name = "subprocess"
     is_sandboxed = False
+    outlives_us = False
 
     def __init__(self, runtime_dir: Path, *, term_grace_s: float = TERM_GRACE_S) -> None:
         self._runtime_dir = runtime_dir
@@ -165,7 +166,7 @@ class SubprocessLauncher:
         """Return the last lines, then new ones as they come, over restarts of the model too."""
         return self._log(model_id).follow(limit)
 
-    async def clean_up(self) -> list[str]:
+    async def find_running(self) -> list[FoundUnit]:
         """Nothing outlives the daemon here."""
         return []
 

@@ -5,6 +5,7 @@ Death is seen through a pidfd, some 2 ms after it happens; the journal is 150 to
 
 import asyncio
 import os
+import shlex
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.launcher_protocol import Act, Verb
 from llmstudiod.core.unit import PREFIX, inside_socket_path, unit_name
-from llmstudiod.launchers.base import Exit, Unit
+from llmstudiod.launchers.base import Exit, FoundUnit, Unit
 from llmstudiod.launchers.privileged import PrivilegedHelper, launch
 
 COMMAND_TIMEOUT_S = 45.0
@@ -39,11 +40,10 @@ class SystemdLauncher:
 
     name = "systemd"
     is_sandboxed = True
+    outlives_us = True
 
     def __init__(self, helper: PrivilegedHelper) -> None:
         self._helper = helper
-        self._left: list[str] | None = None
-        self._clean_up_lock = asyncio.Lock()
 
     def socket_path(self, model_id: str) -> str:
         """Return the socket in the unit's own runtime directory."""
@@ -57,7 +57,6 @@ class SystemdLauncher:
 
     async def start(self, request: LaunchRequest) -> Unit:
         """Start the unit; a failed one of the same name is cleared away first."""
-        await self.clean_up()  # before our first unit, or it would be taken for a left one
         name = unit_name(request.model_id)
         try:
             _ = await self._helper.ask(launch(Verb.START, request))
@@ -121,19 +120,16 @@ class SystemdLauncher:
                 process.kill()
             await process.wait()
 
-    async def clean_up(self) -> list[str]:
-        """Stop units that an earlier daemon left, once: nobody would watch or unload them."""
-        async with self._clean_up_lock:
-            if self._left is None:
-                self._left = await self._stop_left()
-            return self._left
-
-    async def _stop_left(self) -> list[str]:
-        _, output = await _run(["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{PREFIX}*.service"])
-        names = [line.split()[0] for line in output.splitlines() if line.split()]
-        models = [name.removeprefix(PREFIX).removesuffix(".service") for name in names]
-        await asyncio.gather(*(self.stop(model, is_forced=False) for model in models))
-        return models
+    async def find_running(self) -> list[FoundUnit]:
+        """Return the units that run, with what they say of themselves in their environment."""
+        # Only what is running: a unit that is just being stopped, or has failed, is cleared away by the next start.
+        code, output = await _run(
+            ["systemctl", "show", "--property=Id,ActiveState,MainPID,InvocationID,Environment", f"{PREFIX}*.service"]
+        )
+        if code:
+            raise LauncherError(f"systemd does not tell which models run: {output.strip()}")
+        found = [_found(block) for block in output.split("\n\n")]
+        return [unit for unit in found if unit is not None]
 
     async def close(self) -> None:
         """Give up the way to the launcher; units belong to systemd."""
@@ -158,6 +154,23 @@ async def _run(argv: Sequence[str]) -> tuple[int, str]:
         await process.wait()
         return 124, f"{argv[0]} did not answer within {COMMAND_TIMEOUT_S:.0f} s"
     return process.returncode or 0, output.decode(errors="replace")
+
+
+def _found(block: str) -> FoundUnit | None:
+    """Return the running unit that ``systemctl show`` describes in a block of lines."""
+    shown = dict(line.partition("=")[::2] for line in block.splitlines())
+    pid = int(shown.get("MainPID") or 0)
+    if shown.get("ActiveState") != "active" or not pid:
+        return None
+    try:
+        words = shlex.split(shown.get("Environment", ""))
+    except ValueError:
+        return None
+    environment = dict(word.partition("=")[::2] for word in words)
+    model, recipe_hash = environment.get("LLMSTUDIO_MODEL"), environment.get("LLMSTUDIO_RECIPE_HASH")
+    if model is None or recipe_hash is None or shown["Id"] != unit_name(model):
+        return None
+    return FoundUnit(Unit(model, shown["Id"], pid, shown["InvocationID"]), recipe_hash)
 
 
 async def _answered(name: str) -> dict[str, str]:

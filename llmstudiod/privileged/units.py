@@ -107,8 +107,8 @@ def start_unit(request: LaunchRequest) -> None:
     """Start a model's unit and return when its program is being executed; LauncherError when systemd has not."""
     argv = systemd_run_argv(request)
     code, output = _run(*argv)
-    if code and "already loaded" in output:  # a failed run of before: its reason was to be seen until now
-        _run("systemctl", "reset-failed", unit_name(request.model_id))
+    if code and "already loaded" in output:  # a run of before, which the daemon does not watch
+        stop_unit(request.model_id, is_forced=False)
         code, output = _run(*argv)
     if code:
         raise LauncherError(output.strip()[:2000], details={"program": request.argv[0]})

@@ -10,7 +10,7 @@ from llmstudiod.core.command import Command, Context, ServerBinary
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.recipe import RecipeEntry
-from llmstudiod.launchers.base import Exit, Launcher, Unit
+from llmstudiod.launchers.base import Exit, FoundUnit, Launcher, Unit
 from tests.integration.fake_upstream import FakeUpstream
 
 
@@ -21,6 +21,7 @@ class FakeLauncher(Launcher):
     directory: Path
     name: str = "fake"
     is_sandboxed: bool = False
+    outlives_us: bool = False
     upstreams: dict[str, FakeUpstream] = field(default_factory=dict)
     start_error: LlmstudioError | None = None
     stop_error: Exception | None = None
@@ -76,7 +77,7 @@ class FakeLauncher(Launcher):
         for line in lines:
             yield line
 
-    async def clean_up(self) -> list[str]:
+    async def find_running(self) -> list[FoundUnit]:
         """Find nothing left."""
         return []
 

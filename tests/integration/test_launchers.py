@@ -21,7 +21,7 @@ import pytest
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb
-from llmstudiod.launchers.base import Exit, Launcher, Unit
+from llmstudiod.launchers.base import Exit, FoundUnit, Launcher, Unit
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.launchers.systemd import SystemdLauncher
 from llmstudiod.privileged.units import start_unit, stop_unit
@@ -469,13 +469,16 @@ async def test_nothing_outlives_a_killed_daemon(tmp_path: Path, spawn: str) -> N
 
 
 @pytest.mark.skipif(KIND != "systemd", reason="nothing outlives the daemon there")
-async def test_units_of_an_earlier_daemon_are_stopped(rig: Rig) -> None:
-    """A launcher that comes after a killed daemon stops what that one left, and says what it was."""
-    request = rig.request("/bin/sh", "-c", FOR_EVER)
-    unit = await SystemdLauncher(AsRoot({rig.model: request})).start(request)
-    assert await rig.launcher.clean_up() == [rig.model]
-    assert not is_alive(unit.pid)
-    assert await rig.launcher.clean_up() == [rig.model]  # what it found, not what is there now
+async def test_units_of_an_earlier_daemon_are_found(rig: Rig) -> None:
+    """A launcher that comes later finds what runs, with the recipe that it was started with, and not what failed."""
+    await rig.wait(await rig.start("exit 3"))
+    later = SystemdLauncher(AsRoot({}))
+    assert rig.model not in [found.unit.model_id for found in await later.find_running()]
+    unit = await rig.start(FOR_EVER)
+    assert FoundUnit(unit, "sha256:0") in await later.find_running()
+    watched = asyncio.ensure_future(later.wait(unit))  # noqa: TID251 - awaited below
+    await rig.stop()
+    assert (await asyncio.wait_for(watched, 10)).signal is None
 
 
 @pytest.mark.skipif(KIND != "systemd", reason="only units have names that others may take")

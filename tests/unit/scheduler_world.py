@@ -34,10 +34,12 @@ from llmstudiod.core.events import (
     Timer,
     TimerFired,
     UnitFailed,
+    UnitFound,
     UnitGone,
     UnitStarted,
     UnloadAsked,
     VetPlan,
+    WatchUnit,
 )
 from llmstudiod.core.lifecycle import Failure, InstanceView, ModelSpec, State, StopCause, UpstreamFacts
 from llmstudiod.core.scheduler import Scheduler
@@ -256,6 +258,10 @@ class World:
         self.now = max(self.now, at)
         self.feed(event)
 
+    def find(self, model: str, *, recipe_hash: str | None = None) -> None:
+        """An earlier daemon has left a unit of the model."""
+        self.feed(UnitFound(self.now, model, recipe_hash or self.specs[model].recipe_hash))
+
     def _new_ticket(self, ticket: Ticket) -> int:
         number = next(self._numbers)
         self.tickets[number] = ticket
@@ -284,6 +290,11 @@ class World:
                     self._vetted.append(vetted)
             case StartUnit():
                 self._start(action)
+            case WatchUnit():
+                assert action.model not in self.alive, f"{action} beside another run"
+                self.alive[action.model] = action.run
+                facts = self.script(action.model).facts
+                self._at(BecameReady(self.now + LOAD_S, action.model, action.run, facts))
             case StopUnit():
                 self._stop(action)
             case Grant():

@@ -14,7 +14,7 @@ from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.recipe import Limits, LoraAdapter, Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.demo.tiny_gguf import Fault, TinyModel, write_tiny_gguf
-from llmstudiod.launchers.base import Exit, Unit
+from llmstudiod.launchers.base import Exit, FoundUnit, Unit
 from tests.gguf_files import write_shards
 from tests.unit.fake_server import GOOD, calls, write_program
 
@@ -23,6 +23,7 @@ class NoLauncher:
     """A launcher that starts nothing: a planner only asks where the socket is and whether there is a sandbox."""
 
     name = "none"
+    outlives_us = False
 
     def __init__(self, runtime_dir: str = "/run/test", *, is_sandboxed: bool = False) -> None:
         self._runtime_dir = runtime_dir
@@ -57,7 +58,7 @@ class NoLauncher:
         for line in await self.lines(model_id, limit=0):
             yield line
 
-    async def clean_up(self) -> list[str]:
+    async def find_running(self) -> list[FoundUnit]:
         """Return nothing."""
         return []
 

@@ -11,9 +11,11 @@ from llmstudiod.core.errors import (
 )
 from llmstudiod.core.events import (
     SetTimer,
+    ShutdownAsked,
     SpecsChanged,
     StopUnit,
     UnitFailed,
+    UnitFound,
 )
 from llmstudiod.core.lifecycle import State, StopCause
 from llmstudiod.core.scheduler import BACK_OFF_S, OVERTAKE_S, STABLE_S
@@ -485,6 +487,52 @@ def test_recipe_that_comes_back_is_served() -> None:
     world.end(ticket)
     world.advance(1.0 + LOAD_S)
     assert world.tickets[again].run == world.starts[1].run
+
+
+def test_unit_of_an_earlier_daemon_serves_on() -> None:
+    """Who asks for the model waits until it is known to be ready, and nothing is started."""
+    world = world_of([spec("a")])
+    world.find("a")
+    ticket = world.ask("a")
+    assert world.place(ticket) is Place.WAITING
+    world.advance(LOAD_S)
+    assert world.place(ticket) is Place.IN_FLIGHT
+    assert world.starts == []
+    assert world.view("a").is_stale is False
+
+
+def test_unit_of_an_earlier_recipe_is_replaced_when_idle() -> None:
+    """It serves who is there already; the next who asks gets the recipe in force."""
+    world = world_of([spec("a")])
+    world.find("a", recipe_hash="sha256:old")
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    assert world.place(ticket) is Place.IN_FLIGHT
+    world.end(ticket)
+    assert world.view("a").state is State.STOPPING
+    world.advance(10)
+    other = world.ask("a")
+    world.advance(10)
+    assert world.place(other) is Place.IN_FLIGHT
+    assert len(world.starts) == 1
+
+
+def test_unit_without_a_recipe_is_not_taken_over() -> None:
+    """Nor is one of a model that runs."""
+    world = ready(world_of([spec("a")]), "a")
+    run = world.view("a").run
+    world.feed(UnitFound(world.now, "b", "sha256:0"))
+    world.find("a")
+    assert world.view("a").run == run
+
+
+def test_leaving_keeps_the_units() -> None:
+    """Waiters are answered, nothing is stopped."""
+    world = ready(world_of([spec("a"), spec("b")]), "a")
+    waiting = world.ask("b")
+    world.feed(ShutdownAsked(world.now, leaves_units=True))
+    assert isinstance(world.tickets[waiting].error, ShuttingDownError)
+    assert world.stops == []
 
 
 def test_runs_are_never_reused() -> None:

@@ -1,0 +1,78 @@
+"""Who may come and who must go, when there is not room for all. Looks at the instances and changes none.
+
+With ``max_instances`` a model that is wanted and not resident needs a place. Wanted models are served in the
+order of priority, then of their oldest waiter; each instance that is already leaving is promised to one of them.
+Only an idle instance is ever stopped to make room. A busy one is asked to drain once somebody has waited for long;
+if that somebody goes away, or another instance falls idle first, it serves on as if nothing had been.
+Two rules keep two busy models from throwing each other out without an end: a busy one is not asked while its own
+oldest waiter came earlier (it would have the place again at once), and whoever was asked comes back with no more
+priority than the one that it made room for.
+"""
+
+from collections.abc import Collection
+
+from llmstudiod.core.lifecycle import Instance, State, StopCause
+
+Instances = Collection[Instance]
+
+
+def wanted(instances: Instances) -> list[Instance]:
+    """Return who has waiters and no process: highest priority first, then whoever has the oldest waiter."""
+    found = [instance for instance in instances if instance.waiters and not instance.is_resident]
+    return sorted(found, key=lambda instance: (-_rank(instance), oldest_arrival(instance)))
+
+
+def free_places(instances: Instances, *, max_instances: int, n_wanted: int) -> int:
+    """Return how many may start at once."""
+    if not max_instances:
+        return n_wanted
+    return max(0, max_instances - sum(instance.is_resident for instance in instances))
+
+
+def leaving(instances: Instances) -> list[Instance]:
+    """Return who will give its place up."""
+    return [instance for instance in instances if instance.state in {State.DRAINING, State.STOPPING}]
+
+
+def recallable(instances: Instances) -> list[Instance]:
+    """Return the busy ones that were only asked to go, and may serve on."""
+    evicted = StopCause.EVICT
+    return [each for each in instances if each.state is State.DRAINING and each.stop_cause is evicted]
+
+
+def evictable(instances: Instances) -> list[Instance]:
+    """Return who stays, and would not have to."""
+    staying = {State.STARTING, State.LOADING, State.READY}
+    return [instance for instance in instances if instance.state in staying and not instance.spec.is_pinned]
+
+
+def unused(instances: Instances) -> list[Instance]:
+    """Return whom nobody uses: loads that lost their last waiter, then idle ones, the first to go first."""
+    candidates = evictable(instances)
+    abandoned = [i for i in candidates if i.state in {State.STARTING, State.LOADING} and not i.waiters]
+    return abandoned + sorted((i for i in candidates if i.is_idle), key=_eviction_order)
+
+
+def busy_victim(instances: Instances, *, waited_since: float) -> Instance | None:
+    """Return the busy instance that should make room for somebody who waits since then."""
+    ready = [instance for instance in evictable(instances) if instance.state is State.READY]
+    candidates = [i for i in ready if not i.waiters or oldest_arrival(i) >= waited_since]
+    return min(candidates, key=_eviction_order, default=None)
+
+
+def oldest_arrival(instance: Instance) -> float:
+    """Return when the first of its waiters came."""
+    return next(iter(instance.waiters.values())).arrived_at
+
+
+def _eviction_order(instance: Instance) -> tuple[int, float]:
+    """Lowest priority first, then the least recently used; to be loaded counts as a use."""
+    return (instance.spec.priority, max(instance.last_used, instance.ready_at))
+
+
+def _rank(instance: Instance) -> int:
+    """Return its priority, no higher than that of whom it yields to; such chains end, since a start clears them."""
+    other = instance.yields_to
+    if other is None or other.is_resident or not other.waiters:
+        return instance.spec.priority
+    return min(instance.spec.priority, _rank(other))
