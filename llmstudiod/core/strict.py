@@ -21,7 +21,8 @@ def wanted_recipe(loaded: LoadedRecipes, *, model: str, expected_hash: str, file
     """
     recipe = next((entry.recipe for entry in loaded.entries if entry.recipe.id == model), None)
     if recipe is None:
-        fault = next((fault for fault in loaded.faults if fault.recipe_id in {model, None}), None)
+        about = [fault for fault in loaded.faults if fault.recipe_id in {model, None}]
+        fault = next(iter(about or loaded.faults), None)
         raise ConfigError(str(fault or f"'{file}' holds no recipe '{model}'"))
     if recipe_hash(recipe) != expected_hash:
         message = f"the recipe of '{model}' in '{file}' has changed since the daemon read it"

@@ -32,7 +32,7 @@ class Store:
         files = [path for path in (self._config, *drop_ins) if os.path.lexists(path)]
         identities = [identity(path) for path in files]
         kept = self.kept("settings.json")
-        if kept and kept["files"] == identities:
+        if kept and kept.get("files") == identities:
             return Settings.from_dict(kept["settings"])
         from llmstudiod.core.settings_reader import read_settings
         from llmstudiod.core.yaml_lines import parse_bytes
@@ -55,7 +55,7 @@ class Store:
         if not os.path.lexists(launch.file):
             raise ConfigError(f"the recipe of '{launch.id}' is gone: there is no '{launch.file}'")
         kept = self.kept(f"recipes/{launch.id}.json")
-        if kept and (kept["hash"], kept["file"]) == (launch.hash, launch.file):
+        if kept and (kept.get("hash"), kept.get("file")) == (launch.hash, launch.file):
             return Recipe.from_dict(kept["recipe"])
         loaded = self._loaded(launch.file)
         recipe = wanted_recipe(loaded, model=launch.id, expected_hash=launch.hash, file=launch.file)

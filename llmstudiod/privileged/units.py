@@ -88,7 +88,7 @@ class Units:
         real = os.path.realpath(found.argv[0])
         seen = [*found.argv, *identity(real)]
         kept = self._store.kept("binary.json")
-        if kept and kept["identity"] == seen:
+        if kept and kept.get("identity") == seen:
             return ServerBinary.from_dict(kept["binary"])
         # It sees every GPU, and may execute what it likes, but in the sandbox.
         answers = {flag: self._ask(_with_devices(question([*found.argv, flag]), _gpu_nodes())) for flag in QUESTIONS}
