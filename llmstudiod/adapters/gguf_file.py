@@ -8,10 +8,12 @@ and a fixed limit before it is believed, and every refusal is a `BadModelFileErr
 What llama.cpp refuses in a header (ggml/src/gguf.cpp) is refused here too: the reason is known before a start.
 """
 
+import contextlib
 import errno
 import math
 import os
 import re
+import shlex
 import stat
 import struct
 import threading
@@ -523,7 +525,13 @@ def os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
         return ModelFileNotFoundError(f"{str(path)!r} {found}", hint=hint, details=details)
     if code in {errno.EACCES, errno.EPERM}:
         hint = "let the daemon's user read it, and search the directories above it"
-        return ModelFilePermissionError(f"{str(path)!r} may not be read", hint=hint, details=details)
+        found = "may not be read"
+        with contextlib.suppress(OSError):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if not mode & stat.S_IROTH:
+                found = f"has mode {mode:04o}: neither the daemon nor the model may read it"
+                hint = f"chmod o+r {shlex.quote(str(path))}"
+        return ModelFilePermissionError(f"{str(path)!r} {found}", hint=hint, details=details)
     reason = os.strerror(code) if code else str(error)
     return bad_model(path, f"cannot be read: {reason}", hint="check the path and the disk")
 

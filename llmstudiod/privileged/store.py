@@ -47,8 +47,10 @@ class Store:
             recipe = Recipe(id=launch.id, model_path=launch.model)
             if not settings.auto_recipes or id_from_stem(Path(launch.model).stem) != launch.id:
                 raise AccessDeniedError(f"'{launch.model}' is not served without a recipe as '{launch.id}'")
-            if recipe_hash(recipe) != launch.hash or (faults := _outside(recipe, settings)):
-                raise AccessDeniedError(str(faults[0]) if faults else f"'{launch.id}' has another hash")
+            if recipe_hash(recipe) != launch.hash:
+                raise AccessDeniedError(f"'{launch.id}' has another hash")
+            if faults := _outside(recipe, settings):
+                raise AccessDeniedError(str(faults[0]))
             return recipe
         if os.path.dirname(launch.file) != os.path.normpath(settings.recipes_dir):
             raise AccessDeniedError(f"'{launch.file}' does not lie in the recipes directory, {settings.recipes_dir}")

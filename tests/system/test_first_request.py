@@ -12,7 +12,7 @@ import openai
 import pytest
 
 # Relative: without tests/__init__.py the absolute name differs between pytest and python -m.
-from .daemon import MODELS, SERVICE, SOCKETS, Daemon, unit_of, wait_until  # noqa: TID252
+from .daemon import MODELS, RECIPES, SERVICE, SOCKETS, Daemon, unit_of, wait_until  # noqa: TID252
 
 UNIT = unit_of("tiny")
 EMBED = {"id": "embed", "model_path": f"{MODELS}/embed.gguf", "embedding": True, "max_model_len": 512}
@@ -32,9 +32,9 @@ def test_socket_alone_serves_the_first_request(daemon: Daemon) -> None:
 
 
 def test_starting_the_service_brings_up_the_sockets(daemon: Daemon) -> None:
-    """`systemctl start llmstudiod` is enough: both sockets listen, and no model is started yet."""
+    """`systemctl start llmstudiod` is enough: all sockets listen, and no model is started yet."""
     daemon.systemctl("start", "llmstudiod")
-    assert [daemon.state(unit) for unit in SOCKETS] == ["active", "active"]
+    assert {daemon.state(unit) for unit in SOCKETS} == {"active"}
     assert daemon.model_units() == []
     assert daemon.chat()
     assert "tiny" in daemon.ctl("list")
@@ -166,29 +166,57 @@ def test_unit_stopped_by_hand_is_started_again(daemon: Daemon) -> None:
     assert daemon.show(UNIT, "InvocationID") != first
 
 
-def test_stopping_the_service_stops_the_models(daemon: Daemon) -> None:
-    """`systemctl stop llmstudiod` leaves no model and keeps the sockets; the next connection starts it again."""
+def test_stopping_the_service_keeps_sockets_and_models(daemon: Daemon) -> None:
+    """`systemctl stop llmstudiod` leaves the models and the sockets; the next connection starts it, and it goes on."""
     daemon.listen()
     daemon.chat()
+    pid, starts = daemon.pid(UNIT), daemon.starts_of("tiny")
     began = time.monotonic()
     daemon.systemctl("stop", "llmstudiod")
-    assert time.monotonic() - began < 5  # neither stop waits for the other
-    assert daemon.model_units() == []
-    assert [daemon.state(unit) for unit in SOCKETS] == ["active", "active"]
+    assert time.monotonic() - began < 5
+    assert {daemon.state(unit) for unit in SOCKETS} == {"active"}
     assert daemon.state(SERVICE) == "inactive"
+    assert daemon.pid(UNIT) == pid
     assert daemon.chat()
     assert daemon.state(SERVICE) == "active"
+    assert (daemon.pid(UNIT), daemon.starts_of("tiny")) == (pid, starts)
 
 
-def test_killed_daemon_comes_back_and_clears_up(daemon: Daemon) -> None:
-    """After SIGKILL systemd starts the daemon anew; what the old one has left is stopped, and requests are served."""
+@pytest.mark.parametrize("how", ["restart", "SIGKILL"])
+def test_model_outlives_the_daemon(daemon: Daemon, how: str) -> None:
+    """However the daemon ends, the next one finds the model, knows it, and serves it on."""
     daemon.listen()
     daemon.chat()
-    first = daemon.show(UNIT, "InvocationID")
-    daemon.host.run("kill", "-KILL", str(daemon.pid()))
+    shown = daemon.show(UNIT, "MainPID", "InvocationID")
+    if how == "restart":
+        daemon.systemctl("restart", SERVICE)
+    else:
+        daemon.host.run("kill", "-KILL", str(daemon.pid()))
     assert daemon.chat()
-    assert daemon.show(UNIT, "InvocationID") != first
-    assert "stopped what an earlier daemon had left: tiny" in daemon.host.journal(SERVICE)
+    assert daemon.show(UNIT, "MainPID", "InvocationID") == shown
+    status = daemon.status("tiny")
+    assert (status["state"], status["pid"]) == ("ready", int(shown["MainPID"]))
+    assert status["story"][0]["cause"] == "it was running already"
+    daemon.ctl("unload", "tiny")
+    assert daemon.model_units() == []
+
+
+def test_model_of_a_removed_recipe_is_stopped_by_the_next_daemon(daemon: Daemon) -> None:
+    """Nobody could ask for it any more; one whose recipe has changed serves until it is idle, and is replaced."""
+    for name in ("gone", "changed"):
+        daemon.put_recipe({"id": name, "model_path": f"{MODELS}/tiny.gguf", "max_num_seqs": 1})
+    daemon.listen()
+    daemon.chat("gone")
+    daemon.chat("changed")
+    daemon.systemctl("stop", SERVICE)
+    daemon.host.run("rm", f"{RECIPES}/gone.yaml")
+    daemon.put_recipe({"id": "changed", "model_path": f"{MODELS}/tiny.gguf", "max_num_seqs": 2})
+    first = daemon.pid(unit_of("changed"))
+    assert daemon.chat("changed")
+    wait_until(lambda: daemon.pid(unit_of("gone")) == 0)
+    wait_until(lambda: daemon.pid(unit_of("changed")) != first)
+    assert daemon.chat("changed")
+    assert daemon.starts_of("changed") == 2
 
 
 # While it runs

@@ -1,0 +1,167 @@
+"""Who may do what on an installed system: the daemon next to nothing, the launcher what it must."""
+
+import json
+import re
+
+import openai
+import pytest
+
+# Relative: without tests/__init__.py the absolute name differs between pytest and python -m.
+from .daemon import MODELS, RECIPES, SERVICE, Daemon, unit_of  # noqa: TID252
+
+LAUNCHER = "llmstudio-launcher.service"
+SOCKET = "/run/llmstudio/launcher.sock"
+HASH = "sha256:" + "0" * 64
+ASK = """
+import json, socket, sys
+client = socket.socket(socket.AF_UNIX)
+try:
+    client.connect("/run/llmstudio/launcher.sock")
+    client.sendall(sys.argv[1].encode() + b"\\n")
+    print(client.makefile().readline())
+except OSError as error:
+    print(json.dumps({"error": {"message": error.strerror}}))
+"""
+
+
+def ask(daemon: Daemon, request: dict[str, object], *, user: str = "llmstudio") -> str:
+    """Ask the launcher as a user of the host, and return what it refuses with, or an empty text."""
+    argv = ["setpriv", "--reuid", user, "--clear-groups", "python3", "-c", ASK, json.dumps(request)]
+    answer = json.loads(daemon.host.run(*argv).stdout)
+    return str(answer.get("error", {}).get("message", ""))
+
+
+def inside_the_daemon(daemon: Daemon, *argv: str) -> tuple[int, str]:
+    """Run a command with the daemon's user, groups, seccomp filter, capabilities, namespaces and mounts."""
+    wanted = [
+        "User", "Group", "SupplementaryGroups", "CapabilityBoundingSet", "AmbientCapabilities", "NoNewPrivileges",
+        "ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "DevicePolicy", "PrivateNetwork",
+        "RestrictAddressFamilies", "PrivateUsers", "RestrictNamespaces", "LockPersonality", "SystemCallArchitectures",
+        "SystemCallFilter", "SystemCallErrorNumber", "MemoryDenyWriteExecute", "ProtectProc", "ProcSubset",
+    ]  # fmt: skip
+    unit = daemon.host.run("cat", "/usr/lib/systemd/system/llmstudiod.service").stdout
+    lines = [line for line in unit.splitlines() if line.partition("=")[0] in wanted]
+    options = [word for line in lines for word in ("-p", line)]
+    done = daemon.host.run(
+        "systemd-run", "--quiet", "--wait", "--pipe", "--collect", *options, "--", *argv, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("user", ["nobody", "daemon"])
+def test_nobody_else_reaches_the_launcher(daemon: Daemon, user: str) -> None:
+    """Its socket is for the daemon's user, and for root."""
+    daemon.listen()
+    assert ask(daemon, {"verb": "probe"}, user=user) == "Permission denied"
+    assert ask(daemon, {"verb": "probe"}) == ""
+    assert ask(daemon, {"verb": "probe"}, user="root") == ""
+
+
+GOOD = f"id: x\nmodel_path: {MODELS}/tiny.gguf\n"
+REFUSED = [
+    ({"verb": "stop", "id": "../ssh"}, "id: expected an id"),
+    ({"verb": "start", "id": "evil", "hash": HASH, "file": "/etc/passwd", "model": "/m.gguf"}, "recipes directory"),
+    ({"verb": "start", "id": "evil", "hash": HASH, "file": f"{RECIPES}/evil.yaml", "model": "/m.gguf"}, "is gone"),
+    ({"verb": "start", "id": "shadow", "hash": HASH, "file": None, "model": "/etc/shadow"}, "hash"),
+    ({"verb": "start", "id": "tiny", "hash": HASH, "file": None, "model": f"{MODELS}/tiny.gguf"}, "another hash"),
+    ({"verb": "put-recipe", "name": "../x.yaml", "text": ""}, "name: expected"),
+    ({"verb": "put-recipe", "name": "x.yaml", "text": "id: x\nmodel_path: /etc/shadow\n"}, "model directories"),
+    (
+        {
+            "verb": "put-recipe",
+            "name": "x.yaml",
+            "text": f"id: x\nmodel_path: {MODELS}/tiny.gguf\nsandbox: {{network: host}}",
+        },
+        "no relaxation over HTTP",
+    ),
+]
+
+
+@pytest.mark.parametrize(("request_", "says"), REFUSED)
+def test_compromised_daemon_is_refused(daemon: Daemon, request_: dict[str, object], says: str) -> None:
+    """Whatever asks with the daemon's rights gets root's recipes started, and nothing else."""
+    daemon.listen()
+    assert says in ask(daemon, request_)
+    assert daemon.model_units() == []
+
+
+def test_recipe_of_another_owner_is_refused(daemon: Daemon) -> None:
+    """By the launcher, which reads the file itself; the client is told."""
+    path = daemon.put_recipe({"id": "other", "model_path": f"{MODELS}/tiny.gguf"})
+    daemon.host.run("chown", "daemon", path)
+    daemon.listen()
+    with (
+        daemon.client() as client,
+        pytest.raises(openai.InternalServerError, match="expected root to own it") as caught,
+    ):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
+    assert "chown root" in str(caught.value.body)
+    assert daemon.model_units() == []
+
+
+def test_link_to_a_secret_is_no_model(daemon: Daemon) -> None:
+    """A model path whose target is /etc/shadow is refused by the daemon and by the launcher."""
+    daemon.host.run("ln", "-sf", "/etc/shadow", f"{MODELS}/secret.gguf")
+    recipe = {"id": "secret", "model_path": f"{MODELS}/secret.gguf"}
+    path = daemon.put_recipe(recipe)
+    daemon.listen()
+    with daemon.client() as client, pytest.raises(openai.InternalServerError, match="cannot load 'secret'"):
+        client.chat.completions.create(model="secret", messages=[{"role": "user", "content": "x"}])
+    listed = json.loads(daemon.ctl("list", "--json"))
+    own = next(item for item in listed["recipes"] if item["id"] == "secret") if "recipes" in listed else None
+    hash_ = (own or {}).get("recipe_hash", HASH)
+    request = {"verb": "start", "id": "secret", "hash": hash_, "file": path, "model": f"{MODELS}/secret.gguf"}
+    assert ask(daemon, request) != ""
+    assert daemon.model_units() == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["systemd-run", "--no-ask-password", "id"], "Access denied|authentication|Permission denied"),
+        (["systemctl", "--no-ask-password", "stop", "dbus.service"], "Access denied|authentication|Permission denied"),
+        (["cat", "/etc/shadow"], "Permission denied"),
+        (["touch", "/etc/llmstudio/recipes.d/x.yaml"], "Permission denied|Read-only"),
+        (["touch", "/var/lib/llmstudio-launcher/x"], "Permission denied|Read-only"),
+        (["unshare", "-U", "true"], "Operation not permitted"),
+        (["python3", "-c", "import socket; socket.socket(socket.AF_INET)"], "not supported"),
+        (["curl", "-sS", "http://127.0.0.1:8080/health"], "Couldn|Could not|Failed|error"),
+    ],
+)
+def test_daemon_may_not(daemon: Daemon, argv: list[str], says: str) -> None:
+    """From inside its sandbox: no unit, no secret, no recipe, no namespace, no network."""
+    daemon.listen()
+    daemon.chat()
+    code, output = inside_the_daemon(daemon, *argv)
+    assert code != 0, output
+    assert re.search(says, output), output
+
+
+@pytest.mark.parametrize(
+    ("unit", "most"), [(SERVICE, 0.5), (LAUNCHER, 1.0), (unit_of("tiny"), 0.3)], ids=["daemon", "launcher", "model"]
+)
+def test_exposure_is_low(daemon: Daemon, unit: str, most: float) -> None:
+    """What `systemd-analyze security` says of the running units."""
+    daemon.listen()
+    daemon.chat()
+    told = daemon.host.run("systemd-analyze", "security", "--no-pager", unit).stdout
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
+    assert found is not None, told
+    assert float(found[1]) <= most, told
+
+
+def test_cuda_variant_is_nearly_as_closed(daemon: Daemon) -> None:
+    """The unit with a GPU's device nodes: only they are open, and what CUDA reads below /proc."""
+    daemon.listen()
+    argv = json.loads(daemon.ctl("explain", "--json", "tiny"))["systemd_run"]
+    options = [word for word in argv[1 : argv.index("--")] if not word.startswith(("--unit", "--description"))]
+    cuda = ["-p", "PrivateDevices=no", "-p", "ProcSubset=all", "-p", "DeviceAllow=/dev/nvidiactl rw"]
+    host = daemon.host
+    host.run("systemd-run", "--unit=llmstudio-model-cuda.service", *options, *cuda, "--", *argv[argv.index("--") + 1 :])
+    try:
+        told = host.run("systemd-analyze", "security", "--no-pager", unit_of("cuda")).stdout
+    finally:
+        host.run("systemctl", "stop", unit_of("cuda"), check=False)
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
+    assert found is not None, told
+    assert float(found[1]) <= 0.5, told
