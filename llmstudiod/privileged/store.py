@@ -45,10 +45,9 @@ class Store:
         """Return the recipe that has the hash that is asked for, or raise an LlmstudioError that says why not."""
         if launch.file is None:
             recipe = Recipe(id=launch.id, model_path=launch.model)
-            if not settings.auto_recipes or id_from_stem(Path(launch.model).stem) != launch.id:
+            is_it = recipe_hash(recipe) == launch.hash and id_from_stem(Path(launch.model).stem) == launch.id
+            if not settings.auto_recipes or not is_it:
                 raise AccessDeniedError(f"'{launch.model}' is not served without a recipe as '{launch.id}'")
-            if recipe_hash(recipe) != launch.hash:
-                raise AccessDeniedError(f"'{launch.id}' has another hash")
             if faults := _outside(recipe, settings):
                 raise AccessDeniedError(str(faults[0]))
             return recipe
