@@ -1,8 +1,7 @@
 """What the launcher knows by itself: root's settings and recipes, and the last good copy of each.
 
-A start takes the recipe from its copy when that has the hash that was asked for, so that a half-edited file changes
-nothing that runs; only an unknown hash makes it read the file, and import what reads YAML, which takes longer than a
-whole start. The copies are in the launcher's own directory.
+A start takes the recipe from its copy when that has the hash that was asked for: a half-edited file changes nothing.
+Only an unknown hash makes it read the file, and import what reads YAML, which takes longer than a whole start.
 """
 
 import dataclasses
