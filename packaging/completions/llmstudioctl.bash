@@ -1,0 +1,72 @@
+# bash completion for llmstudioctl(1). tests/unit/test_completions.py holds it against the program's own parser.
+
+# Prints the ids of the models. Nothing is asked where there is no socket, and nobody waits for more than two seconds.
+# The daemon's sockets are systemd's, so asking starts a daemon that does not run; it starts no model.
+_llmstudioctl_models() {
+    local socket=${1:-${LLMSTUDIO_ADMIN_SOCKET:-/run/llmstudio/admin.sock}}
+    [[ -S $socket ]] || return 0
+    timeout 2 llmstudioctl --socket "$socket" list --json 2>/dev/null | sed -n 's/^    "id": "\([^"]*\)",\{0,1\}$/\1/p'
+}
+
+_llmstudioctl() {
+    local cur=${COMP_WORDS[COMP_CWORD]} common="--json --socket --help"
+    local command="" socket="" wants="" operands=0 options index word
+    COMPREPLY=()
+
+    # What stands before the cursor: the command, how many operands it has, and whether an option wants its value.
+    # Readline splits --socket=PATH into three words.
+    for ((index = 1; index < COMP_CWORD; index++)); do
+        word=${COMP_WORDS[index]}
+        case $wants:$word in
+            *:=) ;;
+            --socket:*) socket=$word wants="" ;;
+            -?*:*) wants="" ;;
+            :--socket) wants=--socket ;;
+            :--lines | :-n) [[ $command == logs ]] && wants=--lines ;;
+            :-*) ;;
+            *) if [[ -z $command ]]; then command=$word; else ((operands++)); fi ;;
+        esac
+    done
+    [[ $cur == = ]] && cur=""
+
+    case $wants in
+        --socket)
+            compopt -o filenames 2>/dev/null
+            mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+            return
+            ;;
+        --lines) return ;;
+    esac
+
+    case $command in
+        "")
+            if [[ $cur == -* ]]; then
+                mapfile -t COMPREPLY < <(compgen -W "$common" -- "$cur")
+            else
+                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain version" -- "$cur")
+            fi
+            return
+            ;;
+        list | status | check | explain | version) options=$common ;;
+        load) options="--no-wait $common" ;;
+        unload) options="--all --force $common" ;;
+        logs) options="--follow --lines -f -n $common" ;;
+        *) return ;;
+    esac
+
+    if [[ $cur == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$options" -- "$cur")
+        return
+    fi
+    case $command in
+        status | load | unload | logs | explain)
+            ((operands == 0)) && mapfile -t COMPREPLY < <(compgen -W "$(_llmstudioctl_models "$socket")" -- "$cur")
+            ;;
+        check)
+            compopt -o filenames 2>/dev/null
+            mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+            ;;
+    esac
+}
+
+complete -F _llmstudioctl llmstudioctl

@@ -1,0 +1,61 @@
+# fish completion for llmstudioctl(1). tests/unit/test_completions.py holds it against the program's own parser.
+
+# Prints what is given with --socket, in either form.
+function __llmstudioctl_socket
+    set -l words (commandline -opc)
+    string replace -rf -- '^--socket=' '' $words
+    and return
+    set -l index (contains -i -- --socket $words)
+    and echo $words[(math $index + 1)] 2>/dev/null
+end
+
+# Succeeds when the command is one of those that are given, or when there is none yet and none is given.
+function __llmstudioctl_command
+    set -l words (commandline -opc)
+    set -e words[1]
+    set -l index (contains -i -- --socket $words)
+    and set -e words[$index..(math $index + 1)]
+    for word in $words
+        string match -q -- '-*' $word
+        and continue
+        contains -- $word $argv
+        return
+    end
+    test (count $argv) -eq 0
+end
+
+# Prints the ids of the models. Nothing is asked where there is no socket, and nobody waits for more than two seconds.
+# The daemon's sockets are systemd's, so asking starts a daemon that does not run; it starts no model.
+function __llmstudioctl_models
+    set -l socket /run/llmstudio/admin.sock
+    set -q LLMSTUDIO_ADMIN_SOCKET
+    and set socket $LLMSTUDIO_ADMIN_SOCKET
+    set -l given (__llmstudioctl_socket)
+    test -n "$given"
+    and set socket $given
+    test -S "$socket"
+    or return 0
+    timeout 2 llmstudioctl --socket $socket list --json 2>/dev/null | string replace -rf '^    "id": "([^"]*)",?$' '$1'
+end
+
+complete -c llmstudioctl -f
+complete -c llmstudioctl -l json -d 'print the answer as JSON'
+complete -c llmstudioctl -l socket -r -F -d 'the admin socket'
+complete -c llmstudioctl -s h -l help -d 'show a help text'
+
+complete -c llmstudioctl -n __llmstudioctl_command -a list -d 'list the models and their states'
+complete -c llmstudioctl -n __llmstudioctl_command -a status -d 'show the daemon, or one model with its story'
+complete -c llmstudioctl -n __llmstudioctl_command -a load -d 'load a model and wait until it is ready'
+complete -c llmstudioctl -n __llmstudioctl_command -a unload -d 'unload a model when its requests are answered'
+complete -c llmstudioctl -n __llmstudioctl_command -a logs -d "show a model's log"
+complete -c llmstudioctl -n __llmstudioctl_command -a check -d 'check recipe files, or everything that the daemon has loaded'
+complete -c llmstudioctl -n __llmstudioctl_command -a explain -d 'show how a model would be started, and why so'
+complete -c llmstudioctl -n __llmstudioctl_command -a version -d 'show the versions of this program, the daemon and llama-server'
+
+complete -c llmstudioctl -n '__llmstudioctl_command status load unload logs explain' -a '(__llmstudioctl_models)' -d model
+complete -c llmstudioctl -n '__llmstudioctl_command check' -F
+complete -c llmstudioctl -n '__llmstudioctl_command load' -l no-wait -d 'return at once'
+complete -c llmstudioctl -n '__llmstudioctl_command unload' -l all -d 'unload every model'
+complete -c llmstudioctl -n '__llmstudioctl_command unload' -l force -d 'do not wait for requests in flight'
+complete -c llmstudioctl -n '__llmstudioctl_command logs' -s f -l follow -d 'go on with new lines'
+complete -c llmstudioctl -n '__llmstudioctl_command logs' -s n -l lines -x -d 'how many lines'
