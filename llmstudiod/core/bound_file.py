@@ -24,4 +24,6 @@ def refuse_file(path: str, *, mode: int, start: bytes, is_text: bool) -> None:
         raise LoadFailedError(f"'{path}': expected a text of at most 1 MiB, found something else")
     if not is_text and start != b"GGUF":
         message = f"'{path}': expected a GGUF file, found another"
-        raise LoadFailedError(message, hint="only GGUF files are given to a model", details={"failure": "bad_model"})
+        raise LoadFailedError(
+            message, hint="only GGUF files are given to a model", details={"failure": "bad_model_file"}
+        )

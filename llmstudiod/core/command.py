@@ -167,7 +167,7 @@ def build_command(
             hint="`llama-server --help` lists the flags of the installed build",
             details={"failure": "bad_args"},
         ) from error
-    return Command(tuple(argv), _environment(recipe), context, tuple(notes), bound)
+    return Command(tuple(argv), _environment(recipe, binary), context, tuple(notes), bound)
 
 
 def check_socket_path(socket_path: str, model: str) -> None:
@@ -285,14 +285,17 @@ def _file_flags(recipe: Recipe, files: ModelFiles, inside: Callable[[str], str])
     return argv
 
 
-def _environment(recipe: Recipe) -> dict[str, str]:
+def _environment(recipe: Recipe, binary: ServerBinary) -> dict[str, str]:
     """A clean environment: 149 LLAMA_ARG_* variables would change the server behind our back."""
     environment = {"LC_ALL": "C.UTF-8", **recipe.env_vars}
-    if isinstance(recipe.gpus, tuple):
-        # CUDA numbers the fastest GPU first unless told otherwise; nvidia-smi and NVML go by the bus.
-        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(recipe.gpus)}
-    elif recipe.gpus == "none":
-        environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    if recipe.gpus is None:
+        return environment
+    visible = "" if recipe.gpus == "none" else ",".join(recipe.gpus)
+    # CUDA numbers the fastest GPU first unless told otherwise; nvidia-smi and NVML go by the bus.
+    environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+    for prefix, name in (("Vulkan", "GGML_VK_VISIBLE_DEVICES"), ("ROCm", "HIP_VISIBLE_DEVICES")):
+        if any(device.startswith(prefix) for device in binary.devices):
+            environment[name] = visible
     return environment
 
 

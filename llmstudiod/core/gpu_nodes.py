@@ -2,6 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from llmstudiod.core.errors import AccessDeniedError
+from llmstudiod.core.launch import LaunchRequest
 
 _MINOR = re.compile(r"^Device Minor:\s*(\d+)", re.MULTILINE)
 _UUID = re.compile(r"^GPU UUID:\s*(GPU-\S+)", re.MULTILINE)
@@ -20,6 +25,37 @@ def nvidia_minors(information: Mapping[str, str]) -> list[tuple[str, int]]:
         if uuid and minor:
             found.append((uuid[1], int(minor[1])))
     return found
+
+
+def with_gpus(
+    request: LaunchRequest,
+    allowed: Sequence[str] | Literal["none"] | None,
+    asked: Sequence[str],
+    *,
+    backends: Iterable[str],
+    minors: Sequence[tuple[str, int]],
+    nodes: Iterable[str],
+) -> LaunchRequest:
+    """Return the request with the device nodes of its GPUs, and with their UUIDs where it says which CUDA may see.
+
+    ``allowed`` is what the recipe says, ``asked`` the UUIDs that were chosen for it among those; none: all of them.
+    With the nodes of some GPUs alone CUDA numbers those from 0: an index of the whole machine would mean another one.
+
+    Raises:
+        AccessDeniedError: A GPU is asked for that the recipe does not allow.
+    """
+    uuids = {str(index): uuid for index, (uuid, _) in enumerate(minors)}
+    named = None if allowed is None else [] if allowed == "none" else [uuids.get(name, name) for name in allowed]
+    if named is not None and (more := [gpu for gpu in asked if gpu not in named]):
+        raise AccessDeniedError(f"'{request.model_id}': its recipe does not allow {more[0]}")
+    chosen = list(asked) or named
+    if chosen == []:
+        return request
+    environment = dict(request.environment)
+    if chosen is not None:
+        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+    found = gpu_nodes(backends, chosen, minors=minors, nodes=nodes)
+    return replace(request, devices=found, environment=environment)
 
 
 def gpu_nodes(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from llmstudiod.core.errors import AccessDeniedError
 from llmstudiod.core.recipe import MAX_FILE_BYTES
 
+_HINT = "chown root, and chmod go-w: the file and every directory above it"
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -71,10 +72,8 @@ def _open(name: str, flags: int, directory: int, path: str) -> int:
 def _check(status: os.stat_result, path: str, owner: int) -> None:
     is_directory, mode = stat.S_ISDIR(status.st_mode), stat.S_IMODE(status.st_mode)
     if status.st_uid not in {0, owner}:
-        hint = f"chown root '{path}', and every directory above it"
-        raise AccessDeniedError(f"'{path}': expected root to own it, found uid {status.st_uid}", hint=hint)
+        raise AccessDeniedError(f"'{path}': expected root to own it, found uid {status.st_uid}", hint=_HINT)
     if mode & 0o022 and not (is_directory and mode & stat.S_ISVTX):
-        hint = f"chmod go-w '{path}', and every directory above it"
-        raise AccessDeniedError(f"'{path}': expected nobody but root to write it, found mode {mode:04o}", hint=hint)
+        raise AccessDeniedError(f"'{path}': expected nobody but root to write it, found mode {mode:04o}", hint=_HINT)
     if not is_directory and not stat.S_ISREG(status.st_mode):
         raise AccessDeniedError(f"'{path}': expected a regular file, found something else")

@@ -5,7 +5,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, assert_never
 from llmstudiod.core.binary_answers import QUESTIONS, Answer, chosen_binary, complaint, described, executables
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError
-from llmstudiod.core.gpu_nodes import gpu_nodes, nvidia_minors
+from llmstudiod.core.gpu_nodes import nvidia_minors, with_gpus
 from llmstudiod.core.launch import LaunchRequest, launch_request, question
 from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, Write
 from llmstudiod.core.settings import Settings
@@ -67,17 +66,15 @@ class Units:
         """Return all that is started, derived from root's own files; the daemon adds numbers and GPUs."""
         recipe, binary = self._store.recipe(launch, settings), self._binary(settings)
         files = model_files(recipe, launch, settings.model_dirs)
-        place = inside_socket_path(recipe.id)
         request, _ = launch_request(
-            recipe, files, binary, recipe_file=launch.file, socket_path=place, is_sandboxed=True
+            recipe, files, binary, recipe_file=launch.file, socket_path=inside_socket_path(recipe.id), is_sandboxed=True
         )
-        gpus = launch.gpus or (recipe.gpus if isinstance(recipe.gpus, tuple) else None)
         information = {file.parent.name: file.read_text() for file in Path(NVIDIA).glob("gpus/*/information")}
-        nodes = gpu_nodes(binary.devices, gpus, minors=nvidia_minors(information), nodes=_gpu_nodes())
+        minors, nodes = nvidia_minors(information), _gpu_nodes()
+        request = with_gpus(request, recipe.gpus, launch.gpus, backends=binary.devices, minors=minors, nodes=nodes)
         fallback = {"MemoryMax": str(launch.memory_max), "MemorySwapMax": "0"} if launch.memory_max else {}
-        request = _with_devices(request, nodes if recipe.gpus != "none" else ())
         bound = checked(request.files, files.chat_template_file)
-        return replace(request, files=bound, limits={**fallback, **request.limits})
+        return _with_groups(replace(request, files=bound, limits={**fallback, **request.limits}))
 
     def _binary(self, settings: Settings) -> ServerBinary:
         """Return the binary with what it says of itself; asked again when the file on disk has changed."""
@@ -86,12 +83,16 @@ class Units:
         engine = (sys.executable, "-m", "llmstudiod.engine") if find_spec("xllamacpp") else None
         found = chosen_binary(setting=settings.llama_server, variable=variable, on_path=on_path, engine=engine)
         real = os.path.realpath(found.argv[0])
-        seen = [*found.argv, *identity(real)]
+        # A backend or a driver that is installed later brings devices, and the binary stays the same.
+        backends = [*Path("/usr/lib").glob("*/ggml/backends*"), *Path(real).parent.glob("libggml*")]
+        nodes = tuple(_gpu_nodes())
+        seen = [*found.argv, *map(identity, [real, *sorted(map(str, backends))]), *nodes]
         kept = self._store.kept("binary.json")
         if kept and kept.get("identity") == seen:
             return ServerBinary.from_dict(kept["binary"])
         # It sees every GPU, and may execute what it likes, but in the sandbox.
-        answers = {flag: self._ask(_with_devices(question([*found.argv, flag]), _gpu_nodes())) for flag in QUESTIONS}
+        asked = [_with_groups(replace(question([*found.argv, flag]), devices=nodes)) for flag in QUESTIONS]
+        answers = dict(zip(QUESTIONS, map(self._ask, asked), strict=True))
         _, libraries = self._ask(question(["/usr/bin/ldd", real]))
         paths = (*executables(real, libraries), *((sys.prefix,) if found.is_engine else ()))
         binary = replace(described(found, answers), executables=paths)
@@ -143,8 +144,8 @@ def _gpu_nodes() -> list[str]:
     return sorted(str(node) for node in found if not node.is_dir())
 
 
-def _with_devices(request: LaunchRequest, nodes: Sequence[str]) -> LaunchRequest:
-    """Return the request with its nodes, and with the groups that may open them where not everybody may."""
-    closed = {status.st_gid for status in map(os.stat, nodes) if status.st_gid and not status.st_mode & 0o006}
+def _with_groups(request: LaunchRequest) -> LaunchRequest:
+    """Return the request with the groups that may open its nodes, where not everybody may."""
+    closed = {node.st_gid for node in map(os.stat, request.devices) if node.st_gid and not node.st_mode & 0o006}
     groups = sorted(group.gr_name for group in grp.getgrall() if group.gr_gid in closed)
-    return replace(request, devices=tuple(nodes), device_groups=tuple(groups))
+    return replace(request, device_groups=tuple(groups))
