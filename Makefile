@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo run test lint types unit system bench clean
+.PHONY: help demo run test lint types unit system bench deb install uninstall clean
 SHELL := /bin/sh
 
 help:           ## tell what can be made
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 # need(package, what Python can do where it is installed): a Debian package that a minimal system lacks. Root gets it
 # installed, everybody else is told.
@@ -64,6 +64,73 @@ system: $(VENV)/stamp-dev ## the tests in a booted host (root)
 
 bench: $(VENV)/stamp-dev  ## all benchmarks, side by side
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+deb:            ## build the Debian package in a clean tree (root)
+	@packaging/deb/build
+
+# For other distributions: a virtual environment of its own below PREFIX, and systemd's files where administrators put
+# theirs. DESTDIR stages it for a package of another kind; then nothing is started, and no user is made.
+PREFIX      ?= /usr/local
+DESTDIR     ?=
+UNITDIR     ?= /etc/systemd/system
+SYSUSERSDIR ?= /etc/sysusers.d
+TMPFILESDIR ?= /etc/tmpfiles.d
+lib         := $(PREFIX)/lib/llmstudiod
+libexec     := $(PREFIX)/libexec/llmstudiod
+units       := $(notdir $(wildcard systemd/*.service systemd/*.socket systemd/*.slice))
+sockets     := $(filter %.socket,$(units))
+man_pages   := $(wildcard docs/man/*.[158])
+completions := $(wildcard packaging/completions/*)
+# Pairs: a file here, and where it is installed.
+plain_files := systemd/llmstudiod.sysusers:$(SYSUSERSDIR)/llmstudiod.conf \
+  systemd/llmstudiod.tmpfiles:$(TMPFILESDIR)/llmstudiod.conf \
+  $(foreach page,$(man_pages),$(page):$(PREFIX)/share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page))) \
+  $(patsubst %.bash,%.bash:$(PREFIX)/share/bash-completion/completions/llmstudioctl,$(filter %.bash,$(completions))) \
+  $(patsubst %.fish,%.fish:$(PREFIX)/share/fish/vendor_completions.d/llmstudioctl.fish,$(filter %.fish,$(completions))) \
+  $(patsubst %/_llmstudioctl,%/_llmstudioctl:$(PREFIX)/share/zsh/site-functions/_llmstudioctl,$(filter %/_llmstudioctl,$(completions)))
+# Whether systemd runs here and is meant: not when staging.
+is_live     := test -z '$(DESTDIR)' && test -d /run/systemd/system
+
+install:        ## install below PREFIX (/usr/local), start the sockets (root)
+	@version=$$(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p'); \
+	  test -n '$(DESTDIR)' || test "$${version:-0}" -ge 254 || \
+	  { echo "systemd $${version:-?} is installed, and 254 or newer is needed" >&2; exit 1; }
+	@$(call need,python3-venv,import ensurepip)
+	@echo "installing llmstudiod below $(DESTDIR)$(PREFIX), its units in $(DESTDIR)$(UNITDIR)"
+	@# From a copy: pip builds in the tree, and would leave root's files there.
+	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && umask 022 && \
+	  cp -r pyproject.toml README.md llmstudiod "$$copy" && \
+	  $(PYTHON) -m venv --clear '$(DESTDIR)$(lib)' && \
+	  '$(DESTDIR)$(lib)/bin/python' -m pip install --quiet --disable-pip-version-check "$$copy"
+	@umask 022 && install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(libexec)' '$(DESTDIR)$(UNITDIR)'
+	@install -m 755 packaging/deb/programs/llmstudioctl '$(DESTDIR)$(PREFIX)/bin/'
+	@install -m 755 packaging/deb/programs/llmstudiod packaging/deb/programs/llmstudio-launcher '$(DESTDIR)$(libexec)/'
+	@sed -i '1s|/usr/bin/python3|$(lib)/bin/python|' '$(DESTDIR)$(PREFIX)/bin/llmstudioctl' '$(DESTDIR)$(libexec)'/*
+	@install -m 644 $(units:%=systemd/%) '$(DESTDIR)$(UNITDIR)/'
+	@sed -i 's|/usr/libexec/llmstudiod/|$(libexec)/|' $(units:%='$(DESTDIR)$(UNITDIR)/%')
+	@umask 022 && for pair in $(plain_files); do install -D -m 644 "$${pair%%:*}" "$(DESTDIR)$${pair#*:}" || exit 1; done
+	@# An administrator's settings stay.
+	@umask 022 && for file in llmstudiod.yaml recipes.d/example.yaml.disabled; do \
+	  test -e "$(DESTDIR)/etc/llmstudio/$$file" || install -D -m 644 "etc/$$file" "$(DESTDIR)/etc/llmstudio/$$file" || exit 1; done
+	@if $(is_live); then \
+	  systemd-sysusers '$(SYSUSERSDIR)/llmstudiod.conf' && systemd-tmpfiles --create '$(TMPFILESDIR)/llmstudiod.conf' && \
+	  { setpriv --reuid=llmstudio --regid=llmstudio --clear-groups '$(lib)/bin/python' -I -c 'import llmstudiod' || \
+	    { echo "the daemon's user cannot run this Python; try make install PYTHON=/usr/bin/python3" >&2; exit 1; }; } && \
+	  systemctl daemon-reload && systemctl enable --quiet --now $(sockets) && \
+	  { systemctl stop --quiet llmstudio-launcher.service 2>/dev/null; systemctl try-restart llmstudiod.service; }; fi
+
+uninstall:      ## stop and remove what `make install` installed; settings and models stay (root)
+	@if $(is_live); then \
+	  systemctl disable --quiet --now $(sockets); \
+	  systemctl stop llmstudiod.service llmstudio-models.slice llmstudio-launcher.service llmstudio.slice; fi || true
+	@rm -rf '$(DESTDIR)$(lib)' '$(DESTDIR)$(libexec)' '$(DESTDIR)$(PREFIX)/bin/llmstudioctl'
+	@rm -f $(units:%='$(DESTDIR)$(UNITDIR)/%')
+	@for pair in $(plain_files); do rm -f "$(DESTDIR)$${pair#*:}"; done
+	@if $(is_live); then \
+	  systemctl daemon-reload; systemctl reset-failed 'llmstudio*' 2>/dev/null; \
+	  rm -rf /run/llmstudio /run/llmstudio-models /var/lib/llmstudio-launcher; \
+	  rm -rf /var/cache/llmstudio-models /var/cache/private/llmstudio-models; fi || true
+	@echo "kept: $(DESTDIR)/etc/llmstudio, $(DESTDIR)/var/lib/llmstudio (models)"
 
 clean:          ## remove what was made here
 	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

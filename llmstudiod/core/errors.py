@@ -35,6 +35,12 @@ class BadRequestError(LlmstudioError):
     kind, status, exit_code, openai_type = "bad_request", 400, 2, "invalid_request_error"
 
 
+class AuthenticationError(LlmstudioError):
+    """The request shows no key, or one that is not accepted."""
+
+    kind, status, exit_code, openai_type = "authentication", 401, 5, "authentication_error"
+
+
 class AccessDeniedError(LlmstudioError):
     """The caller may not do this here."""
 
