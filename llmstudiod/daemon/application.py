@@ -89,7 +89,7 @@ class Application:
     async def serving(self, listeners: Listeners) -> AsyncIterator[None]:
         """Serve the sockets for as long as the context lasts."""
         loop = asyncio.get_running_loop()
-        fast_path = FastPath(self.supervisor, self.pools, FORWARDED_POSTS)
+        fast_path = FastPath(self.supervisor, self.pools, FORWARDED_POSTS, max_body=lambda: self.proxy.max_body)
         endpoint = EndpointServer(self.proxy.handle, fast_path=fast_path, after_loss=self.proxy.after_fast_loss)
         runner = web.AppRunner(self.admin.application(), access_log=None, handler_cancellation=True)
         await runner.setup()

@@ -45,6 +45,7 @@ def envelope(error: LlmstudioError, *, path: str) -> dict[str, Any]:
             403: "permission_error",
             404: "not_found_error",
             413: "request_too_large",
+            431: "invalid_request_error",
         }
         inner["type"] = kinds.get(error.status, "rate_limit_error" if error.status == 429 else "api_error")
         return {"type": "error", "error": inner}

@@ -1,11 +1,12 @@
 """The client's side of the data path: aiohttp's connection, with what a raw relay needs to know of it."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from llmstudiod.core.errors import BadRequestError, LlmstudioError
@@ -16,9 +17,20 @@ from llmstudiod.http.framing import LAST_CHUNK, chunk
 from llmstudiod.http.relay import Exchange
 
 KEEPALIVE_S = 75.0  # aiohttp's own default is about an hour
-FAR_AWAY_S = 30 * 86400.0
+GATHER_S = 10.0
+"""How long a connection whose time of rest is over may go on with a request that comes in pieces."""
 MAX_HELD_BYTES = 64 << 10
 LOOKS = 4
+RELIES_ON = ("_waiter", "_messages", "_next_keepalive_close_time", "_keepalive_handle", "_keepalive")
+"""Private attributes of aiohttp's that the fast path needs; seen in 3.11.16 to 3.14.5."""
+
+_ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+
+
+class HeadTooLongError(BadRequestError):
+    """A line of the request's head is longer than we, or the model's server, read."""
+
+    status = 431
 
 
 class ClientConnection(RequestHandler):
@@ -28,15 +40,30 @@ class ClientConnection(RequestHandler):
     the next bytes may take the short way. It is lost, for good, with the first bytes of which that is not certain.
     """
 
-    def __init__(self, manager: "EndpointServer", **arguments: Any) -> None:  # noqa: ANN401 - aiohttp's own
-        super().__init__(manager, **arguments)
+    def __init__(
+        self,
+        manager: "EndpointServer",
+        *,
+        loop: asyncio.AbstractEventLoop,
+        **arguments: Any,  # noqa: ANN401 - aiohttp's own
+    ) -> None:
+        super().__init__(manager, loop=loop, **arguments)
         self.exchange: Exchange | None = None
+        self.has_begun = False  # whether the request under way in aiohttp has a part of its answer
+        self._event_loop = loop
         self._endpoint = manager
-        self._is_plain = manager.fast_path is not None and hasattr(self, "_waiter")
+        self._is_plain = manager.fast_path is not None and can_be_fast(self)
         self._fast: FastExchange | None = None
         self._gathered = b""  # the beginning of a request, or, while one is served, of the next
+        self._gather_until = 0.0
         self._request_bytes = b""
         self._looks_left = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let the time of rest begin."""
+        super().connection_made(transport)
+        if can_be_fast(self):
+            self._rest()
 
     def data_received(self, data: bytes) -> None:
         """Serve a simple request at once; leave everything else to aiohttp."""
@@ -44,10 +71,14 @@ class ClientConnection(RequestHandler):
             self._hold(data)
             return
         if self._is_plain and data:  # aiohttp itself calls with nothing, to look at what it holds
-            if self._gathered:
-                data, self._gathered = self._gathered + data, b""
-            verdict = parse_request(data)
+            fast_path, held = self._endpoint.fast_path, self._gathered
+            assert fast_path is not None
+            if held:
+                data, self._gathered = held + data, b""
+            verdict = parse_request(data, max_body=fast_path.max_body())
             if verdict is Verdict.MORE:
+                if not held:
+                    self._gather_until = self._event_loop.time() + GATHER_S
                 self._gathered = data
                 return
             if isinstance(verdict, FastRequest):
@@ -55,7 +86,7 @@ class ClientConnection(RequestHandler):
                     # aiohttp needs some turns of the loop to get over an answer that the client already has.
                     self._looks_left -= 1
                     self._gathered = data
-                    self._loop.call_soon(self._look_again)
+                    self._event_loop.call_soon(self._look_again)
                     return
                 # While aiohttp is busy, what comes is pipelined, and its place is in aiohttp's queue.
                 if self._waiter is not None and not self._messages and self._start_fast(verdict, data):
@@ -66,6 +97,7 @@ class ClientConnection(RequestHandler):
     def answered(self) -> None:
         """Note that the request under way in aiohttp has its whole answer."""
         self._looks_left = LOOKS
+        self.has_begun = False
 
     def _look_again(self) -> None:
         data, self._gathered = self._gathered, b""
@@ -80,8 +112,6 @@ class ClientConnection(RequestHandler):
             return False
         self.exchange = self._fast.relay
         self._request_bytes = data
-        # aiohttp sees an idle connection, and would close it.
-        self._next_keepalive_close_time = self._loop.time() + FAR_AWAY_S
         if self.writing_paused:
             self.exchange.client_paused()
         return True
@@ -89,7 +119,7 @@ class ClientConnection(RequestHandler):
     def _hold(self, data: bytes) -> None:
         self._gathered += data
         if len(self._gathered) > MAX_HELD_BYTES and self.transport is not None:
-            self.transport.pause_reading()
+            self.transport.abort()  # no client pipelines so much; were reading paused, nobody would see it leave
 
     def fast_done(self, *, is_last: bool) -> None:
         """Go on with the next request."""
@@ -98,8 +128,6 @@ class ClientConnection(RequestHandler):
             self.force_close()
         elif self._gathered:
             held, self._gathered = self._gathered, b""
-            if self.transport is not None:
-                self.transport.resume_reading()
             self.data_received(held)
 
     def fast_failed(self, *, is_untouched: bool) -> None:
@@ -119,7 +147,28 @@ class ClientConnection(RequestHandler):
     def _end_fast(self) -> None:
         self._fast = self.exchange = None
         self._request_bytes = b""
-        self._next_keepalive_close_time = self._loop.time() + self.keepalive_timeout
+        self._rest()
+
+    def _rest(self) -> None:
+        """Let the time of rest begin anew. aiohttp 3.11 has none before the first request that it served itself."""
+        self._keepalive = True
+        self._next_keepalive_close_time = self._event_loop.time() + self.keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._event_loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+
+    def _process_keepalive(self) -> None:
+        """Close a connection at rest. aiohttp's timer calls this, and takes one on the fast path to be at rest."""
+        now = self._event_loop.time()
+        if self._fast is not None:
+            self._next_keepalive_close_time = now + self.keepalive_timeout
+        elif self._gathered and now < self._gather_until:
+            self._next_keepalive_close_time = self._gather_until
+        elif self._gathered:
+            # With a whole head it is no connection at rest for aiohttp either, which waits for the body.
+            data, self._gathered = self._gathered, b""
+            self._is_plain = False
+            super().data_received(data)
+        super()._process_keepalive()
 
     def write(self, data: bytes) -> None:
         """Put bytes into the connection; that a client has gone is found out elsewhere."""
@@ -159,17 +208,42 @@ class ClientConnection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what aiohttp's parser refuses, and bugs, in our own envelope; only bugs are logged."""
-        if isinstance(exc, HttpProcessingError):
+        error: LlmstudioError
+        if isinstance(exc, LineTooLong):
+            error = HeadTooLongError("a line of the request's head is too long")
+        elif isinstance(exc, HttpProcessingError):
             reason = (message or "").partition("\n")[0].rstrip(":")
-            error: LlmstudioError = BadRequestError(f"the request is not valid HTTP: {reason[:200]}")
+            error = BadRequestError(f"the request is not valid HTTP: {reason[:200]}")
         else:
             self.log_exception("internal error in %s %s", request.method, request.path[:200], exc_info=exc)
             error = LlmstudioError("an internal error", hint="see the daemon's log")
-        if request.writer.output_size > 0:
+        if self.has_begun:
+            if self.transport is not None:
+                self.transport.abort()  # an orderly close would be the end of an answer without a length
             raise ConnectionError("an answer has already begun")
-        response = error_response(error, path=request.raw_path)
+        response = error_response(error, path=origin_form(request.raw_path))
         response.force_close()
         return response
+
+
+def can_be_fast(connection: object) -> bool:
+    """Whether this aiohttp has the private parts that the fast path needs; without them all goes the usual way."""
+    return hasattr(RequestHandler, "_process_keepalive") and all(hasattr(connection, name) for name in RELIES_ON)
+
+
+def origin_form(target: str) -> str:
+    """Return path and query of a request's target; servers must also take one with a scheme and an authority.
+
+    Source: RFC 9112, section 3.2.2.
+
+    >>> origin_form("http://localhost:8080/v1/models?x=y")
+    '/v1/models?x=y'
+    """
+    absolute = _ABSOLUTE.match(target)
+    if absolute is None:
+        return target
+    rest = target[absolute.end() :]
+    return rest if rest.startswith("/") else f"/{rest}"
 
 
 class EndpointServer(web.Server):
@@ -185,13 +259,15 @@ class EndpointServer(web.Server):
         fast_path: FastPath | None,
         after_loss: Callable[[ClientConnection, FastExchange], None],
     ) -> None:
-        super().__init__(handler, **server_arguments())
+        loop = asyncio.get_running_loop()
+        self._arguments = {"loop": loop, **connection_arguments()}
+        super().__init__(handler, handler_cancellation=True, **self._arguments)
         self.fast_path = fast_path
         self.after_loss = after_loss
 
     def __call__(self) -> RequestHandler:
         """Return the protocol of a new connection."""
-        return ClientConnection(self, loop=self._loop, **self._kwargs)
+        return ClientConnection(self, **self._arguments)
 
 
 class Relayed:
@@ -228,6 +304,7 @@ class ClientStream:
 
     def write(self, data: bytes) -> None:
         """Put bytes into the connection; that a client has gone is found out elsewhere."""
+        self._connection.has_begun = True
         self._connection.write(data)
 
     def answered(self) -> None:
@@ -303,12 +380,12 @@ async def read_body(request: web.BaseRequest, *, limit: int) -> bytes | bytearra
     return body
 
 
-def server_arguments() -> dict[str, Any]:
-    """Return what aiohttp's server needs to know to stay out of the way."""
+def connection_arguments() -> dict[str, Any]:
+    """Return what aiohttp's connections need to know to stay out of the way."""
     return {
         "access_log": None,
         "keepalive_timeout": KEEPALIVE_S,
-        "handler_cancellation": True,
+        # More than llama-server takes, for what goes no further: cookies and keys.
         "max_field_size": 32 << 10,
         "max_line_size": 32 << 10,
         "lingering_time": 2.0,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 MAX_HEAD_BYTES = 8 << 10
 MAX_BODY_BYTES = 256 << 10
+MAX_FIELDS = 90
+"""llama-server takes up to 100; what has more goes the usual way, which says so."""
 
 
 class Verdict(Enum):
@@ -51,8 +53,8 @@ _UNUSUAL = frozenset(
 )
 
 
-def parse_request(data: bytes) -> FastRequest | Verdict:
-    """Return the one request that ``data`` is, or what else to do with it."""
+def parse_request(data: bytes, *, max_body: int = MAX_BODY_BYTES) -> FastRequest | Verdict:
+    """Return the one request that ``data`` is, or what else to do with it; ``max_body`` is the operator's limit."""
     if not data.startswith(b"POST /"):
         return _judge_other(data)
     end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
@@ -61,7 +63,7 @@ def parse_request(data: bytes) -> FastRequest | Verdict:
         is_plain = len(data) < MAX_HEAD_BYTES and not _BARE_LINE_FEED.search(data)
         return Verdict.MORE if is_plain else Verdict.UNSURE
     head = _read_head(data[:end])
-    if head is None:
+    if head is None or head.length > max_body:
         return Verdict.UNSURE
     missing = end + 4 + head.length - len(data)
     if missing:
@@ -77,7 +79,7 @@ def _read_head(raw: bytes) -> FastHead | None:
         return None
     headers = _HEADER.findall(match[2])
     length = _content_length(headers)
-    if length is None or length > MAX_BODY_BYTES:
+    if length is None or length > MAX_BODY_BYTES or len(headers) > MAX_FIELDS:
         return None
     return FastHead(match[1].decode("ascii"), tuple(headers), length)
 

@@ -6,6 +6,7 @@ very same bytes are given to aiohttp's parser, and nothing has happened yet.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Protocol
 
 from llmstudiod.core.errors import LlmstudioError
@@ -29,9 +30,12 @@ class FastClient(Protocol):
 
 
 class FastPath:
-    """Tries the short way; shared by all connections of the endpoint."""
+    """Tries the short way; shared by all connections of the endpoint. ``max_body`` tells the limit now in force."""
 
-    def __init__(self, supervisor: Supervisor, pools: Pools, paths: frozenset[str]) -> None:
+    def __init__(
+        self, supervisor: Supervisor, pools: Pools, paths: frozenset[str], *, max_body: Callable[[], int]
+    ) -> None:
+        self.max_body = max_body
         self._supervisor = supervisor
         self._pools = pools
         self._paths = paths

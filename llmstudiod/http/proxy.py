@@ -27,12 +27,27 @@ from llmstudiod.core.errors import (
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.units import format_bytes
 from llmstudiod.http import tokens
-from llmstudiod.http.answers import error_event, error_response, raw_error
-from llmstudiod.http.body import RequestFacts, cost_tokens, read_json_facts, read_multipart_facts
-from llmstudiod.http.client import ClientConnection, ClientStream, Relayed, read_body
+from llmstudiod.http.answers import error_event, error_response, is_anthropic, raw_error
+from llmstudiod.http.body import (
+    PARSE_UP_TO,
+    Bytes,
+    RequestFacts,
+    cost_tokens,
+    read_json_facts,
+    read_multipart_facts,
+)
+from llmstudiod.http.client import ClientConnection, ClientStream, HeadTooLongError, Relayed, origin_form, read_body
 from llmstudiod.http.fast_path import FastExchange
 from llmstudiod.http.listing import Listing
-from llmstudiod.http.relay import MAX_COLLECTED, Exchange, Outcome, Pools, request_head
+from llmstudiod.http.relay import (
+    MAX_COLLECTED,
+    MAX_LINE_BYTES,
+    Exchange,
+    Outcome,
+    Pools,
+    is_head_too_long,
+    request_head,
+)
 from llmstudiod.supervisor import Supervisor, Ticket
 
 logger = logging.getLogger(__name__)
@@ -47,6 +62,14 @@ FORWARDED_POSTS = frozenset(
         "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations",
     }
 )  # fmt: skip
+NEVER_STREAMED = frozenset(
+    {
+        "/v1/embeddings", "/embeddings", "/embedding",
+        "/v1/rerank", "/rerank", "/v1/reranking", "/reranking",
+        "/tokenize", "/detokenize", "/apply-template", "/v1/chat/completions/input_tokens", "/v1/messages/count_tokens",
+    }
+)  # fmt: skip
+"""What llama-server answers in one piece, whatever ``stream`` says."""
 FORWARDED_GETS = frozenset({"/props", "/slots"})
 UPSTREAM_PREFIX = "/upstream/"
 WHY_TIMEOUT_S = 1.0
@@ -75,7 +98,7 @@ class Proxy:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; the handler that aiohttp's server calls."""
-        path = request.raw_path.partition("?")[0]
+        path = _path(request)
         try:
             return await self._route(request, path)
         except LlmstudioError as error:
@@ -96,10 +119,9 @@ class Proxy:
             return await self._count_tokens(request, path)
         if path in FORWARDED_GETS:
             self._only(method, "GET", path)
-            query = parse_qs(request.raw_path.partition("?")[2])
-            model = self._supervisor.catalogue.resolve(query.get("model", [None])[-1])
+            model = self._supervisor.catalogue.resolve(_model_of_query(request))
             self._only_if_loaded(request, model, path)
-            return await self._forward(request, request.raw_path, RequestFacts(model), b"")
+            return await self._forward(request, _target(request), RequestFacts(model), b"")
         if path in FORWARDED_POSTS:
             self._only(method, "POST", path)
         answer = self._listing.answer(path)
@@ -123,15 +145,14 @@ class Proxy:
     async def _forward_post(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await self._body(request)
         is_multipart = request.headers.get("Content-Type", "").lower().startswith("multipart/form-data")
-        facts = read_multipart_facts(body) if is_multipart else read_json_facts(body)
-        if facts.model is None and "?" in request.raw_path:
-            names = parse_qs(request.raw_path.partition("?")[2]).get("model")
-            facts = facts._replace(model=names[-1] if names else None)
-        return await self._forward(request, request.raw_path, facts, body)
+        facts = await _read_facts(read_multipart_facts if is_multipart else read_json_facts, body)
+        if facts.model is None:
+            facts = facts._replace(model=_model_of_query(request))
+        return await self._forward(request, _target(request), facts, body)
 
     async def _forward_upstream(self, request: web.BaseRequest) -> web.StreamResponse:
         """Pass ``/upstream/<id>/rest`` on as ``/rest``, percent-escapes and query as they came."""
-        path, question, query = request.raw_path[len(UPSTREAM_PREFIX) :].partition("?")
+        path, question, query = _target(request)[len(UPSTREAM_PREFIX) :].partition("?")
         name, _, rest = path.partition("/")
         target = f"/{rest}{question}{query}"
         model = self._supervisor.catalogue.resolve(unquote(name))
@@ -139,7 +160,7 @@ class Proxy:
         body = await self._body(request) if request.body_exists else b""
         is_stream = False
         if body and body[:1] == b"{":
-            is_stream = read_json_facts(body).is_stream
+            is_stream = (await _read_facts(read_json_facts, body)).is_stream
         return await self._forward(request, target, RequestFacts(model, is_stream), body)
 
     def _only_if_loaded(self, request: web.BaseRequest, model: str, target: str) -> None:
@@ -164,16 +185,18 @@ class Proxy:
     async def _forward(
         self, request: web.BaseRequest, target: str, facts: RequestFacts, body: bytes | bytearray
     ) -> web.StreamResponse:
-        path = request.raw_path.partition("?")[0]
+        path = _path(request)
         model = self._supervisor.catalogue.resolve(facts.model)
+        head = _upstream_head(request, target, body)
+        is_stream = facts.is_stream and target.partition("?")[0] not in NEVER_STREAMED
         client = ClientStream.of(request)
         ticket = self._supervisor.ask(model, cost_tokens=self._cost(model, facts, body))
         try:
             if not ticket.is_settled:
-                await self._wait(ticket, client, is_stream=facts.is_stream)
+                await self._wait(ticket, client, is_stream=is_stream)
             if ticket.error is not None:
                 return self._refuse(client, ticket.error, path)
-            return await self._exchange(request, client, ticket, target, body)
+            return await self._exchange(request, client, ticket, head, body)
         finally:
             client.attach(None)
             self._supervisor.end(ticket)
@@ -210,9 +233,9 @@ class Proxy:
         return _relayed(client)
 
     async def _exchange(
-        self, request: web.BaseRequest, client: ClientStream, ticket: Ticket, target: str, body: bytes | bytearray
+        self, request: web.BaseRequest, client: ClientStream, ticket: Ticket, head: bytes, body: Bytes
     ) -> web.StreamResponse:
-        path = request.raw_path.partition("?")[0]
+        path = _path(request)
         pool = self._pools.get(ticket.model, ticket.run)
         if pool is None:
             return self._refuse(client, await self._why(ticket), path)
@@ -225,14 +248,11 @@ class Proxy:
             is_last=client.is_last,
         )
         client.attach(exchange)
-        length = len(body) if body or request.method not in _READ_ONLY else None
-        head = request_head(request.method, target, request.raw_headers, length)
         outcome = await exchange.run(head, body)
         if outcome is Outcome.UPSTREAM_LOST:
             return await self._after_loss(client, exchange, ticket, path)
         if exchange.collected is not None:
-            # The head was already sent as a stream's: the upstream's own error becomes its last event.
-            client.send_part(b"data: " + b" ".join(exchange.collected[:MAX_COLLECTED].splitlines()) + b"\n\n")
+            client.send_part(_late_event(exchange, path))
             client.end()
             return _relayed(client)
         client.is_last = exchange.is_last
@@ -294,7 +314,7 @@ class Proxy:
 
     async def _count_tokens(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         body = await self._body(request)
-        model = self._supervisor.catalogue.resolve(read_json_facts(body).model)
+        model = self._supervisor.catalogue.resolve((await _read_facts(read_json_facts, body)).model)
         ticket = self._supervisor.ask(model)
         try:
             await self._supervisor.settled(ticket)
@@ -312,6 +332,47 @@ class _MethodNotAllowedError(LlmstudioError):
     """The route exists, with another method."""
 
     kind, status, exit_code, openai_type = "method_not_allowed", 405, 2, "invalid_request_error"
+
+
+async def _read_facts(read: Callable[[Bytes], RequestFacts], body: Bytes) -> RequestFacts:
+    """Return what ``read`` finds in a body; a large one takes its time, and others are served meanwhile."""
+    return read(body) if len(body) <= PARSE_UP_TO else await asyncio.to_thread(read, body)
+
+
+def _target(request: web.BaseRequest) -> str:
+    return origin_form(request.raw_path)
+
+
+def _path(request: web.BaseRequest) -> str:
+    return _target(request).partition("?")[0]
+
+
+def _model_of_query(request: web.BaseRequest) -> str | None:
+    names = parse_qs(_target(request).partition("?")[2]).get("model")
+    return names[-1] if names else None
+
+
+def _upstream_head(request: web.BaseRequest, target: str, body: Bytes) -> bytes:
+    """Return the head for the upstream, which must be one that it reads: it does not say what it refuses."""
+    length = len(body) if body or request.method not in _READ_ONLY else None
+    head = request_head(request.method, target, request.raw_headers, length)
+    if is_head_too_long(head):
+        raise HeadTooLongError(
+            f"the request's head has a line over {format_bytes(MAX_LINE_BYTES)}, or too many headers",
+            hint="llama-server takes no more",
+        )
+    return head
+
+
+def _late_event(exchange: Exchange, path: str) -> bytes:
+    """Return an answer that is no stream, most often an error, as the last event of the stream begun for it."""
+    assert exchange.head is not None
+    assert exchange.collected is not None
+    if len(exchange.collected) > MAX_COLLECTED:
+        message = f"the answer is no stream, and over {format_bytes(MAX_COLLECTED)}"
+        return error_event(BadRequestError(message, hint="ask again without `stream`"), path=path)
+    name = b"event: error\n" if is_anthropic(path) and exchange.head.status >= 400 else b""
+    return name + b"data: " + b" ".join(exchange.collected.splitlines()) + b"\n\n"
 
 
 def _is_browsing(request: web.BaseRequest, target: str) -> bool:

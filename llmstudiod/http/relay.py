@@ -9,7 +9,8 @@ no byte of an answer from a reused connection is sent once more on a fresh one.
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import cast
 
@@ -28,7 +29,14 @@ IDLE_LIMIT_S = 4.0
 USES_LIMIT = 90
 WRITE_SLICE = 256 << 10
 MAX_COLLECTED = 1 << 20
-"""Bytes of an answer that are kept to be told as an event; about the last piece more may be held."""
+"""Bytes of an answer that are kept to be told as an event; one of which more is held is too long for that."""
+CONNECT_DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.02, *[0.05] * 80)
+MAX_LINE_BYTES = 8 << 10
+MAX_FIELDS = 100
+"""llama-server answers a head with a longer line, or with more fields, by an empty 400, or not at all.
+
+Source: cpp-httplib, CPPHTTPLIB_HEADER_MAX_LENGTH, CPPHTTPLIB_REQUEST_URI_MAX_LENGTH, CPPHTTPLIB_HEADER_MAX_COUNT.
+"""
 
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te"}
@@ -44,7 +52,6 @@ class Outcome(Enum):
 
     COMPLETE = "complete"
     UPSTREAM_LOST = "upstream lost"
-    CLIENT_LOST = "client lost"
 
 
 class Connection(asyncio.Protocol):
@@ -136,10 +143,11 @@ class Pool:
         """Return a fresh connection.
 
         Raises:
-            OSError: Nobody listens at the socket.
+            OSError: Nobody listens at the socket, or nobody accepts.
         """
+        sock = await _connected(self.socket_path)
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_unix_connection(lambda: Connection(self), self.socket_path)
+        _, connection = await loop.create_unix_connection(lambda: Connection(self), sock=sock)
         self._all.add(connection)
         if self.is_closed:
             connection.abort()
@@ -185,6 +193,27 @@ class Pool:
             self._laying.cancel()
         for connection in list(self._all):
             connection.abort()
+
+
+async def _connected(path: str) -> socket.socket:
+    """Return a socket connected to ``path``; waits a while when more connections than its backlog holds are waiting.
+
+    asyncio's own way takes EAGAIN, which a Unix socket with a full backlog says, for a connection under way.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        for delay_s in CONNECT_DELAYS_S:
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                await asyncio.sleep(delay_s)
+            else:
+                return sock
+        raise TimeoutError(f"nobody accepts connections at {path}")  # noqa: TRY301 - the socket is closed in one place
+    except BaseException:
+        sock.close()
+        raise
 
 
 class Pools:
@@ -384,7 +413,7 @@ class Exchange:
             data, extra = (data[:used], data[used:]) if used != len(data) else (data, b"")
             is_over = self._watcher.is_done
         if self.collected is not None:
-            if len(self.collected) < MAX_COLLECTED:
+            if len(self.collected) <= MAX_COLLECTED:
                 self.collected += b"".join(payload) if payload is not None else data
         else:
             out = self._encoded(data, payload, is_over=is_over)
@@ -490,13 +519,26 @@ def _ends_with_connection(head: ResponseHead, is_http11: bool) -> bool:  # noqa:
     return head.body is Body.CLOSE or (head.body is Body.CHUNKED and not is_http11)
 
 
-def request_head(method: str, target: str, headers: Iterable[tuple[bytes, bytes]], length: int | None) -> bytes:
+def request_head(method: str, target: str, headers: Sequence[tuple[bytes, bytes]], length: int | None) -> bytes:
     """Return the head of the request to the upstream: the client's without what is only between it and us."""
+    dropped = _NOT_FORWARDED | _named_by_connection(headers)
     lines = [f"{method} {target} HTTP/1.1".encode("utf-8", "surrogateescape"), b"host: localhost"]
-    lines += [name + b": " + value for name, value in headers if name.lower() not in _NOT_FORWARDED]
+    lines += [name + b": " + value for name, value in headers if name.lower() not in dropped]
     if length is not None:
         lines.append(b"content-length: %d" % length)
     return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def _named_by_connection(headers: Sequence[tuple[bytes, bytes]]) -> set[bytes]:
+    """Return the headers that the client itself says are for this connection only."""
+    values = [value for name, value in headers if name.lower() == b"connection"]
+    return {option.strip().lower() for value in values for option in value.split(b",")}
+
+
+def is_head_too_long(head: bytes) -> bool:
+    """Whether llama-server would refuse this request's head for its size."""
+    _, *lines, _, _ = head.split(b"\r\n")
+    return len(lines) > MAX_FIELDS or any(len(line) + 2 > MAX_LINE_BYTES for line in head.split(b"\r\n"))
 
 
 _NOT_FORWARDED = HOP_BY_HOP | {
@@ -510,4 +552,6 @@ _NOT_FORWARDED = HOP_BY_HOP | {
     b"cookie",
     b"authorization",
     b"x-api-key",
+    b"api-key",
+    b"x-goog-api-key",
 }

@@ -1,17 +1,22 @@
 """Counting and splitting of tokens as vllm-studio answered it, from llama-server's own routes: nothing is generated."""
 
+import asyncio
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, UnixConnector, web
 
 from llmstudiod.core.errors import BadRequestError, UpstreamCrashedError
 from llmstudiod.http.answers import json_response
+from llmstudiod.http.body import PARSE_UP_TO
 
 ROUTES = frozenset({"/v1/tokenize", "/v1/detokenize", "/v1/count-tokens", "/v1/tokenize-chat-completions"})
 TIMEOUT_S = 60.0
+_JSON = {"Content-Type": "application/json"}
 
 Found = TypeVar("Found")
+Given = TypeVar("Given")
 
 
 async def answer(path: str, body: bytes | bytearray, *, socket_path: str, n_ctx: int | None) -> web.Response:
@@ -22,19 +27,20 @@ async def answer(path: str, body: bytes | bytearray, *, socket_path: str, n_ctx:
         UpstreamCrashedError: The upstream does not answer.
     """
     try:
-        request = json.loads(body)
+        request = await _off_loop(len(body), json.loads, body)
     except (ValueError, RecursionError) as error:  # a large body was only scanned so far
         raise BadRequestError(f"the body is not valid JSON: {error}") from None
     model = request.get("model")
     connector = UnixConnector(path=socket_path)
     async with ClientSession(connector=connector, timeout=ClientTimeout(total=TIMEOUT_S)) as session:
-        ask = _Upstream(session)
+        ask = _Upstream(session, size=len(body))
         if path == "/v1/tokenize":
             ids = await ask.tokens(request)
-            return json_response({"tokens": ids, "count": len(ids), "max_model_len": n_ctx, "model": model})
+            value = {"tokens": ids, "count": len(ids), "max_model_len": n_ctx, "model": model}
+            return await _off_loop(len(body), json_response, value)
         if path == "/v1/detokenize":
             text = await ask.post("/detokenize", {"tokens": _field(request, "tokens")}, "content", str)
-            return json_response({"prompt": text, "text": text, "model": model})
+            return await _off_loop(len(body), json_response, {"prompt": text, "text": text, "model": model})
         if path == "/v1/count-tokens":
             return json_response({"num_tokens": len(await ask.tokens(request)), "model": model})
         messages, tools = _field(request, "messages"), request.get("tools")
@@ -44,17 +50,25 @@ async def answer(path: str, body: bytes | bytearray, *, socket_path: str, n_ctx:
         return json_response({"input_tokens": whole, "breakdown": breakdown, "model": model})
 
 
-class _Upstream:
-    """Asks llama-server."""
+async def _off_loop(size: int, function: Callable[[Given], Found], value: Given) -> Found:
+    """Return ``function(value)``; where ``size`` bytes of JSON take their time, others are served meanwhile."""
+    return function(value) if size <= PARSE_UP_TO else await asyncio.to_thread(function, value)
 
-    def __init__(self, session: ClientSession) -> None:
+
+class _Upstream:
+    """Asks llama-server; ``size`` is the length of the request's body, which says how much there is to write."""
+
+    def __init__(self, session: ClientSession, *, size: int) -> None:
         self._session = session
+        self._size = size
 
     async def post(self, path: str, value: dict[str, Any], name: str, kind: type[Found]) -> Found:
         """Return the field ``name`` of the answer."""
         try:
-            async with self._session.post(f"http://localhost{path}", json=value) as response:
-                found = await response.json(content_type=None)
+            data = await _off_loop(self._size, _encode, value)
+            async with self._session.post(f"http://localhost{path}", data=data, headers=_JSON) as response:
+                answered = await response.read()
+                found = await _off_loop(len(answered), json.loads, answered or b"null")
                 if response.status >= 400:
                     raise BadRequestError(f"llama-server refuses the request: {_message(found)}")
         except (ClientError, ValueError, TimeoutError) as error:
@@ -77,6 +91,10 @@ class _Upstream:
 
     async def chat_tokens(self, request: dict[str, Any]) -> int:
         return await self.post("/v1/chat/completions/input_tokens", request, "input_tokens", int)
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()
 
 
 def _message(found: Any) -> str:  # noqa: ANN401 - JSON holds anything

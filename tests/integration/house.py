@@ -268,8 +268,9 @@ async def open_house(
     supervisor.use_catalogue(catalogue, LifecycleDefaults(max_queue=max_queue), max_instances=0)
     listing = Listing(supervisor, created=1_700_000_000)
     proxy = Proxy(supervisor, pools, listing, max_body=max_body, wait_comment_interval_s=wait_comment_interval_s)
-    fast_path = FastPath(supervisor, pools, FORWARDED_POSTS) if has_fast_path else None
-    endpoint = EndpointServer(proxy.handle, fast_path=fast_path, after_loss=proxy.after_fast_loss)
+    fast_path = FastPath(supervisor, pools, FORWARDED_POSTS, max_body=lambda: proxy.max_body)
+    endpoint_path = fast_path if has_fast_path else None
+    endpoint = EndpointServer(proxy.handle, fast_path=endpoint_path, after_loss=proxy.after_fast_loss)
     server = await loop.create_server(endpoint, "127.0.0.1", 0)
     house = House(launcher, supervisor, pools, proxy, server.sockets[0].getsockname()[1])
     loop.set_exception_handler(lambda _, context: house.faults.append(f"{context['message']}: {context}"))

@@ -47,6 +47,7 @@ async def test_request_reaches_the_model_as_it_was_sent(warm: House) -> None:
     "name",
     [
         *("Origin", "Referer", "Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key"),
+        *("Api-Key", "X-Goog-Api-Key"),
         *("TE", "Expect", "Trailer", "Accept-Encoding", "Keep-Alive", "Proxy-Connection"),
     ],
 )
@@ -59,6 +60,54 @@ async def test_header_is_not_forwarded(warm: House, name: str) -> None:
         assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
     assert (await client.answer()).status == 200
     assert warm.tiny.requests[0].header(name.lower()) is None
+
+
+async def test_headers_named_by_connection_are_not_forwarded(warm: House) -> None:
+    """A header that the client itself says is for this connection only goes no further."""
+    named = "Connection: X-Mine, keep-alive\r\nConnection: x-other\r\nx-mine: 1\r\nX-Other: 2\r\nX-Third: 3\r\n"
+    assert (await warm.post(ASK, headers=named)).status == 200
+    names = {name for name, _ in warm.tiny.requests[0].headers}
+    assert names.isdisjoint({"x-mine", "x-other", "connection"})
+    assert "x-third" in names
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTPS"])
+async def test_absolute_target(warm: House, scheme: str) -> None:
+    """A target with a scheme and an authority, as proxies write it, means its path and query."""
+    client = await warm.connect()
+    for target, line in (("/tokenize?a=http://b", "POST /tokenize?a=http://b"), ("/upstream/tiny/x", "POST /x")):
+        await client.post(ASK, f"{scheme}://other.example:99{target}")
+        assert (await client.answer()).status == 200
+        assert warm.tiny.requests[-1].line == line
+    assert (await client.get(f"{scheme}://x/v1/models")).status == 200
+    assert (await client.get(f"{scheme}://x")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        (CHAT, "X-A: " + "a" * 8186 + "\r\n"),
+        (CHAT, "X-A: " + "a" * 40_000 + "\r\n"),
+        (CHAT, "X-" + "A" * 5000 + ": " + "a" * 4000 + "\r\n"),
+        (CHAT, "X-A: a\r\n" * 100),
+        (CHAT + "?x=" + "a" * 8192, ""),
+    ],
+    ids=["value", "huge value", "name and value", "many", "query"],
+)
+async def test_head_too_long_for_the_model(warm: House, path: str, headers: str) -> None:
+    """llama-server refuses such a head by an empty 400; ours says what is wrong."""
+    reply = await warm.post(ASK, path, headers=headers)
+    assert (reply.status, reply.error["kind"], reply.error["type"]) == (431, "bad_request", "invalid_request_error")
+    assert warm.tiny.requests == []
+
+
+async def test_head_just_short_enough_for_the_model(warm: House) -> None:
+    """The longest line, and the most headers, that llama-server reads are passed on; what stays here may be longer."""
+    line = "X-A: " + "a" * 8185
+    reply = await warm.post(ASK, headers=f"{line}\r\nCookie: {'c' * 20_000}\r\n" + "X-B: b\r\n" * 97)
+    assert reply.status == 200
+    assert warm.tiny.requests[0].header("x-a") == "a" * 8185
+    assert len(warm.tiny.requests[0].headers) == 100
 
 
 async def test_headers_that_are_forwarded(warm: House) -> None:

@@ -14,6 +14,7 @@ from tests.integration.house import CHAT, House, eventually, open_house
 
 ASK = {"model": "tiny"}
 LIMIT = 1 << 20
+PART = b"\r\nContent-Disposition:" + b";name=models" * 300 + b"\r\n"
 
 
 @pytest.fixture
@@ -160,6 +161,18 @@ async def test_body_at_the_limit(strict: House) -> None:
     assert (await strict.post(body + b" ")).status == 413
 
 
+@pytest.mark.parametrize("has_fast_path", [False, True], ids=["usual way", "fast path"])
+async def test_small_limit(tmp_path: Path, has_fast_path: bool) -> None:
+    """A limit below what the fast path takes holds on both ways, and so does one that a reload brings."""
+    async with open_house(tmp_path, max_body=1024, has_fast_path=has_fast_path) as house:
+        await house.warm_up()
+        client = await house.connect()
+        for size, limit, status in ((1024, 1024, 200), (1500, 2000, 200), (1500, 1024, 413)):
+            house.proxy.max_body = limit
+            await client.post(b'{"model":"tiny"}'.ljust(size))
+            assert (await client.answer()).status == status
+
+
 async def test_chunked_body_over_the_limit(strict: House) -> None:
     """Refused as soon as it is too long, though its end is not in sight."""
     client = await strict.connect()
@@ -177,6 +190,41 @@ async def test_gzip_bomb(strict: House, path: str) -> None:
     client = await strict.connect()
     client.writer.write(post(f"Content-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n", path) + bomb)
     assert (await client.answer()).status == 413
+
+
+# Hostile
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "begin", "piece", "end"),
+    [
+        (CHAT, "", b'{"x":[', b'"",', b'""],"model":"nobody"}'),
+        (CHAT, "", b'{"model":"nobody","x":[', b"[],", b"[]]}"),
+        (CHAT, "", b"{", b'"":1,', b'"model":"nobody"}'),
+        ("/upstream/tiny/x", "", b'{"x":[', b'"",', b'""'),
+        ("/v1/tokenize", "", b'{"x":[', b'"",', b'""],"model":"nobody"}'),
+        ("/v1/audio/transcriptions", "Content-Type: multipart/form-data; boundary=b\r\n", b"", PART, b""),
+    ],
+    ids=["texts", "lists", "keys", "upstream", "tokens", "form"],
+)
+async def test_hostile_body_holds_up_nobody(
+    house: House, path: str, headers: str, begin: bytes, piece: bytes, end: bytes
+) -> None:
+    """While a large body is looked through, others are served; when it is found out, it is refused."""
+    body = begin + piece * ((40 << 20) // len(piece)) + end
+    client = await house.connect()
+    slowest_s = 0.0
+    loop = asyncio.get_running_loop()
+    async with asyncio.TaskGroup() as group:
+        _ = group.create_task(client.post(body, path, headers=headers))
+        reading = group.create_task(client.answer())
+        while not reading.done():
+            began = loop.time()
+            assert (await house.get("/health")).status == 200
+            slowest_s = max(slowest_s, loop.time() - began)
+    assert reading.result().status in {400, 404}
+    assert slowest_s < 0.5
+    assert house.launcher.starts == []
 
 
 # Malformed

@@ -1,6 +1,7 @@
 """What a client sees while it waits, while an answer streams, and when somebody leaves in the middle."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.lifecycle import State
+from llmstudiod.http.relay import MAX_COLLECTED
 from llmstudiod.launchers.base import Exit
 from tests.integration.fake_upstream import SSE_HEAD, Call, answer, chunk, event, reset_on_close
 from tests.integration.house import Answer, Client, House, eventually, open_house
@@ -516,6 +518,95 @@ async def test_crash_after_comments_is_an_event(cold: House, sent: bytes) -> Non
     await read_comment(client)
     cold.tiny.is_ready = True
     assert (await read_error(client))["kind"] == "upstream_crashed"
+
+
+@pytest.mark.parametrize("status", [b"400 Bad Request", b"200 OK"])
+async def test_error_of_the_model_in_anthropics_stream(cold: House, status: bytes) -> None:
+    """Anthropic's clients know an error by its event's name."""
+
+    async def script(call: Call) -> None:
+        await call.send(answer(b'{"type":"error"}', status=status))
+
+    cold.tiny.script = script
+    client = await post_and_read_head(cold, path="/v1/messages")
+    await read_comment(client)
+    cold.tiny.is_ready = True
+    data = b": "
+    while data.startswith(b": "):
+        data = await client.read_chunk()
+    assert data == (b"event: error\n" if status[:1] == b"4" else b"") + b'data: {"type":"error"}\n\n'
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("excess", [0, 1])
+async def test_long_answer_to_a_stream_is_whole_or_an_error(cold: House, path: str, excess: int) -> None:
+    """An answer that is no stream after all is never cut off in silence."""
+    long = b'"' + b"x" * (MAX_COLLECTED + excess - 2) + b'"'
+
+    async def script(call: Call) -> None:
+        await call.send(answer(long))
+
+    cold.tiny.script = script
+    client = await cold.connect(limit=4 << 20)
+    await client.post(STREAM, path)
+    await client.head()
+    await read_comment(client)
+    cold.tiny.is_ready = True
+    data = b": "
+    while data.startswith(b": "):
+        data = await client.read_chunk()
+    if excess:
+        assert data.startswith(b'event: error\ndata: {"type":' if path == "/v1/messages" else b'data: {"error":')
+        assert b"is no stream" in data
+    else:
+        assert data == b"data: " + long + b"\n\n"
+    assert await client.read_chunk() == b""
+    assert await client.is_closed()
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings", "/rerank?x=y", "/upstream/tiny/embedding", "/v1/messages/count_tokens"]
+)
+async def test_stream_where_nothing_can_stream_is_ignored(cold: House, path: str) -> None:
+    """Embeddings come whole, and as JSON, whatever the client says."""
+    long = b'"' + b"x" * (2 << 20) + b'"'
+
+    async def script(call: Call) -> None:
+        await call.send(answer(long))
+
+    cold.tiny.script = script
+    client = await cold.connect(limit=4 << 20)
+    await client.post(STREAM, path)
+    await eventually(lambda: cold.queued() == 1)
+    await asyncio.sleep(2 * SOON)
+    cold.tiny.is_ready = True
+    reply = await client.answer()
+    assert (reply.header("content-type"), reply.body) == ("application/json", long)
+
+
+async def test_bug_after_the_head_writes_no_second_one(cold: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that a bug ends is cut: nothing of another answer appears in it."""
+    texts = iter(["loading"])
+    monkeypatch.setattr(cold.proxy, "_waiting_for", lambda _: next(texts))
+    client = await post_and_read_head(cold)
+    assert await read_comment(client) == "loading"
+    found = b""
+    with contextlib.suppress(ConnectionError):
+        found = await client.reader.read()
+    assert found == b""
+    await eventually(lambda: cold.faults)
+    assert "StopIteration" in cold.faults.pop()
+
+
+async def test_bug_after_a_whole_answer_is_answered(warm: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written of an earlier answer does not keep a later one from being given."""
+    client = await warm.connect()
+    await client.post(ASK, "/v1/chat/completions?x=y")
+    assert (await client.answer()).status == 200
+    monkeypatch.setattr(warm.proxy, "_route", None)
+    assert (await client.get("/health")).error["kind"] == "internal"
+    await eventually(lambda: warm.faults)
+    assert "TypeError" in warm.faults.pop()
 
 
 async def test_waiting_for_a_slot_is_told(cold: House) -> None:

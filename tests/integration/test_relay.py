@@ -1,6 +1,7 @@
 """One exchange and its pool before a fake upstream: the moments that a real client cannot be made to hit surely."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -147,6 +148,53 @@ async def test_nobody_listens(tmp_path: Path) -> None:
     """A socket that is not there is a lost upstream, not an exception."""
     sink = Sink(Pool(str(tmp_path / "none.sock")))
     assert await sink.exchange.run(HEAD, b"") is Outcome.UPSTREAM_LOST
+
+
+def listening_full(path: Path) -> tuple[socket.socket, list[socket.socket]]:
+    """Return a listener whose backlog is full, and the connections that fill it."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.setblocking(False)
+    listener.bind(str(path))
+    listener.listen(1)
+    waiting: list[socket.socket] = []
+    while True:
+        waiting.append(socket.socket(socket.AF_UNIX))
+        waiting[-1].setblocking(False)
+        try:
+            waiting[-1].connect(str(path))
+        except BlockingIOError:
+            return listener, waiting
+
+
+async def test_full_backlog_is_waited_for(tmp_path: Path) -> None:
+    """A model's server that is slow to accept is not a lost one."""
+    listener, waiting = listening_full(tmp_path / "full.sock")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.read(1):
+            writer.write(answer(b"late"))
+        writer.close()
+
+    sink = Sink(Pool(str(tmp_path / "full.sock")))
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        run = group.create_task(sink.exchange.run(HEAD, b""))
+        await asyncio.sleep(0.1)
+        assert not run.done()
+        for sock in waiting:
+            sock.close()
+        server = await asyncio.start_unix_server(serve, sock=listener)
+    assert run.result() is Outcome.COMPLETE
+    assert sink.body == b"late"
+    server.close()
+
+
+async def test_full_backlog_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that never accepts is a lost one."""
+    monkeypatch.setattr("llmstudiod.http.relay.CONNECT_DELAYS_S", (0.001, 0.01))
+    listener, waiting = listening_full(tmp_path / "full.sock")
+    assert await Sink(Pool(str(tmp_path / "full.sock"))).exchange.run(HEAD, b"") is Outcome.UPSTREAM_LOST
+    for sock in (listener, *waiting):
+        sock.close()
 
 
 async def test_closing_the_pool_ends_what_is_under_way(upstream: FakeUpstream, pool: Pool) -> None:

@@ -9,9 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmstudiod.core.errors import BadRequestError
-from llmstudiod.http.body import TEMPLATE_TOKENS, RequestFacts, cost_tokens, read_json_facts, read_multipart_facts
+from llmstudiod.http.body import (
+    MAX_KEYS,
+    MAX_NESTED,
+    MAX_PARTS,
+    MAX_WANTED_BYTES,
+    TEMPLATE_TOKENS,
+    RequestFacts,
+    cost_tokens,
+    read_json_facts,
+    read_multipart_facts,
+)
 
 NEVER_PARSE = 0
+FULL = 64 << 20
+SECONDS = 5.0
+"""What a body of 64 MiB may take in a thread on a busy machine; where each token costs a step it is a minute."""
 
 _KEYS = st.sampled_from(["model", "stream", "max_tokens", "max_completion_tokens", "n_predict", "n", "messages", "é"])
 _VALUES = st.recursive(
@@ -37,7 +50,7 @@ def json_objects(draw: st.DrawFn) -> bytes:
     return f"{space}{{{','.join(texts) or space}}}{space}".encode("utf-8", "replace")
 
 
-def outcome_of(body: bytes, *, parse_up_to: int) -> RequestFacts | str:
+def outcome_of(body: bytes | bytearray, *, parse_up_to: int) -> RequestFacts | str:
     """Return the facts with those values that count, or the refusal of a value in them."""
     try:
         facts = read_json_facts(body, parse_up_to=parse_up_to)
@@ -49,7 +62,9 @@ def outcome_of(body: bytes, *, parse_up_to: int) -> RequestFacts | str:
 @given(json_objects())
 def test_scanning_agrees_with_parsing(body: bytes) -> None:
     """A body says the same whether it is small enough to be parsed or not."""
-    assert outcome_of(body, parse_up_to=NEVER_PARSE) == outcome_of(body, parse_up_to=len(body))
+    parsed = outcome_of(body, parse_up_to=len(body))
+    assert outcome_of(body, parse_up_to=NEVER_PARSE) == parsed
+    assert outcome_of(bytearray(body), parse_up_to=NEVER_PARSE) == parsed  # as it comes from a client, in pieces
 
 
 @given(st.binary(max_size=60) | st.text('{}[]":,\\truefalsn0123 model', max_size=60).map(str.encode))
@@ -190,6 +205,81 @@ def test_large_body_is_scanned_fast(value: bytes) -> None:
     assert time.perf_counter() - began < 1.0
 
 
+def filled(before: bytes, piece: bytes, after: bytes) -> bytes:
+    """Return a body of 64 MiB, most of it the same piece again and again."""
+    return before + piece * ((FULL - len(before) - len(after)) // len(piece)) + after
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        filled(b"{", b'"":1,', b'"model":"a"}'),
+        filled(b'{"x":[', b"[],", b'[]],"model":"a"}'),
+        filled(b'{"x":', b"[", b""),
+        filled(b'{"x":[', b'{"":0},', b'0],"model":"a"}'),
+        filled(b'{"model":[', b'"",', b'""]}'),
+        filled(b'{"model":"', b"x", b'"}'),
+        filled(b'{"x":["', rb"\n", b""),
+        filled(b'{"x":[', b'"",', b""),
+    ],
+    ids=["keys", "lists", "depth", "objects", "list as model", "long model", "open text", "open list"],
+)
+def test_hostile_body_is_refused_fast(body: bytes) -> None:
+    """Nobody keeps us busy for a minute with a body that only looks like a request."""
+    began = time.perf_counter()
+    with pytest.raises(BadRequestError):
+        read_json_facts(body)
+    assert time.perf_counter() - began < SECONDS
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        filled(b'{"x":[', b'"",', b'""],"model":"a"}'),
+        filled(b'{"x":[', b'"a b",', b'""],"model":"a"}'),
+        filled(b'{"x":[', rb'"\n",', b'""],"model":"a"}'),
+        filled(b'{"x":["', rb"\na", b'"],"model":"a"}'),
+        filled(b'{"x":["', rb"\n" * 65 + b'","', b'"],"model":"a"}'),
+        filled(b'{"prompt":[', b"15339, 22, ", b'1],"model":"a"}'),
+        filled(b'{"x":[{"url":"data:', b"iVBORw0K", b'"}],"model":"a"}'),
+        filled(b'{"', b"k", b'":1,"model":"a"}'),
+        filled(b'{"x":1', b" ", b',"model":"a"}'),
+    ],
+    ids=["empty", "short", "escape", "escapes", "many escapes", "token ids", "image", "key", "space"],
+)
+def test_odd_body_is_read_fast(body: bytes) -> None:
+    """A body at the limit of what is taken by default is read in seconds, whatever it is filled with."""
+    began = time.perf_counter()
+    assert read_json_facts(body).model == "a"
+    assert time.perf_counter() - began < SECONDS
+
+
+def test_number_of_keys_is_limited() -> None:
+    """Far more top-level keys than any request has are refused; the limit itself is allowed."""
+    members = [b'"k":1'] * (MAX_KEYS - 1) + [b'"model":"a"']
+    assert read_json_facts(b"{" + b",".join(members) + b"}", parse_up_to=NEVER_PARSE).model == "a"
+    with pytest.raises(BadRequestError, match=f"more than {MAX_KEYS} keys"):
+        read_json_facts(b"{" + b",".join([*members, b'"k":1']) + b"}", parse_up_to=NEVER_PARSE)
+
+
+def test_number_of_lists_is_limited() -> None:
+    """The lists and objects of all values count together; the limit itself is allowed."""
+    lists = b'{"x":[' + b"[1]," * (MAX_NESTED - 2) + b'1],"model":"a","y":%s}'
+    assert read_json_facts(lists % b"[]", parse_up_to=NEVER_PARSE).model == "a"
+    with pytest.raises(BadRequestError, match=f"more than {MAX_NESTED} lists and objects"):
+        read_json_facts(lists % b"[{}]", parse_up_to=NEVER_PARSE)
+
+
+@given(
+    st.integers(0, 300), st.sampled_from([b"a", rb"\n", rb"\"", rb"\\\\", b"[", rb"a\u00e4"]), st.integers(8000, 9000)
+)
+def test_texts_of_any_length_are_skipped(count: int, piece: bytes, plain: int) -> None:
+    """Where a text is cut into pieces, and which of the patterns takes it, makes no difference."""
+    text = b'"' + piece * count + b"x" * plain + piece + b'"'
+    body = b'{%s:1,"x":[%s,{%s:%s}],"y":%s,"model":"a"}' % (text, text, text, text, text)
+    assert read_json_facts(body, parse_up_to=NEVER_PARSE).model == "a"
+
+
 @both
 @pytest.mark.parametrize(
     ("body", "is_stream"),
@@ -268,6 +358,22 @@ def test_multipart_body_that_ends_too_early(end: bytes) -> None:
     """A form cut off inside the field is refused, not guessed."""
     with pytest.raises(BadRequestError):
         read_multipart_facts(b'--x\r\nContent-Disposition: form-data; name="model"\r\n' + end)
+
+
+@pytest.mark.parametrize("before", [b"", b";name=models" * 300])
+def test_number_of_parts_is_limited(before: bytes) -> None:
+    """64 MiB of parts are refused in no time."""
+    part = b"\r\nContent-Disposition:" + before + b"\r\n"
+    began = time.perf_counter()
+    with pytest.raises(BadRequestError, match=f"more than {MAX_PARTS} parts"):
+        read_multipart_facts(part * (FULL // len(part)))
+    assert time.perf_counter() - began < 1.0
+
+
+def test_long_name_in_a_form() -> None:
+    """A name that is none is not carried through the catalogue."""
+    with pytest.raises(BadRequestError, match=r"^model: expected the name of a model, found "):
+        read_multipart_facts(form(('form-data; name="model"', b"m" * MAX_WANTED_BYTES * 2)))
 
 
 @pytest.mark.parametrize(

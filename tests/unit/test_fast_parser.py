@@ -62,6 +62,13 @@ def test_beginning_of_a_request_waits_for_the_rest(cut: int) -> None:
     assert parse_request(SIMPLE[:cut]) is Verdict.MORE
 
 
+def test_body_over_the_operators_limit() -> None:
+    """It is not gathered, however small the limit: the full parser's way refuses it."""
+    assert isinstance(parse_request(SIMPLE, max_body=len(BODY)), FastRequest)
+    assert parse_request(SIMPLE, max_body=len(BODY) - 1) is Verdict.UNSURE
+    assert parse_request(SIMPLE[:-1], max_body=len(BODY) - 1) is Verdict.UNSURE
+
+
 UNUSUAL = {
     "two lengths": SIMPLE.replace(b"Host", b"Content-Length: 13\r\nHost"),
     "signed length": SIMPLE.replace(b"Length: 13", b"Length: +13"),
@@ -90,6 +97,7 @@ UNUSUAL = {
     "two spaces": SIMPLE.replace(b"POST /", b"POST  /"),
     "another method": SIMPLE.replace(b"POST", b"PUT"),
     "more than one request": SIMPLE + b"GET / HTTP/1.1\r\n",
+    "many headers": SIMPLE.replace(b"Host", b"".join(b"X-%d: a\r\n" % n for n in range(99)) + b"Host"),
     "huge body": SIMPLE.replace(b"Length: 13", b"Length: 999999"),
     "endless head": b"POST /v1/x HTTP/1.1\r\nA: " + b"a" * MAX_HEAD_BYTES,
     "line end before the request": b"\r\n" + SIMPLE,
