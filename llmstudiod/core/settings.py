@@ -24,6 +24,10 @@ class Settings:
     admin_socket: str = "/run/llmstudio/admin.sock"
     launcher_socket: str = "/run/llmstudio/launcher.sock"
     keys_file: str = "/etc/llmstudio/keys"
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    allow_open_listener: bool = False
+    open_status: bool = False
     idle_timeout: Annotated[float, Ge(0)] = 600.0
     max_instances: Annotated[int, Interval(ge=0, le=1000)] = 0
     concurrency_limit: Annotated[int, Interval(ge=0, le=4096)] = 0

@@ -18,7 +18,7 @@ ENVIRONMENT_PREFIX = "LLMSTUDIO_"
 
 _DURATIONS = frozenset({"idle_timeout", "load_stall_timeout", "drain_timeout", "wait_comment_interval"})
 _SIZES = frozenset({"max_body"})
-_LISTS = frozenset({"model_dirs", "listen"})
+_LISTS = frozenset({"model_dirs", "listen", "allowed_hosts", "cors_origins"})
 _PATHS = frozenset({"recipes_dir", "model_dirs", "runtime_dir", "admin_socket", "launcher_socket", "keys_file"})
 _WORDS: Mapping[str, str] = {
     "max_body": "a size from 1KiB to 4GiB",
@@ -29,9 +29,7 @@ _MAX_DURATION_S = 10 * 365 * 86400.0
 _NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 
 # Settings of the architecture that a later version brings: told, not taken for a slip of the pen.
-_LATER = frozenset(
-    {"reserved_memory", "groups", "allowed_hosts", "cors_origins", "allow_open_listener", "exit_idle"} | {"usage_keep"}
-)
+_LATER = frozenset({"reserved_memory", "groups", "exit_idle", "usage_keep"})
 
 
 def read_settings(

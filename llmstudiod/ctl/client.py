@@ -23,6 +23,7 @@ EXIT_CODES = {
     "not_found": 4,
     "model_not_found": 4,
     "access_denied": 5,
+    "authentication": 5,
     "queue_full": 6,
     "upstream_crashed": 7,
     "unavailable": 7,
@@ -72,9 +73,14 @@ class Client:
         """Return the answer to a GET; ``parts`` are the path's, still unquoted."""
         return self._ask("GET", _path(parts), timeout_s)
 
-    def post(self, *parts: str, query: str = "", timeout_s: float | None = None) -> Any:  # noqa: ANN401
+    def post(self, *parts: str, query: str = "", body: object = None, timeout_s: float | None = None) -> Any:  # noqa: ANN401
         """Return the answer to a POST; by default for as long as it takes."""
-        return self._ask("POST", _path(parts) + (f"?{query}" if query else ""), timeout_s)
+        content = None if body is None else json.dumps(body).encode()
+        return self._ask("POST", _path(parts) + (f"?{query}" if query else ""), timeout_s, content)
+
+    def delete(self, *parts: str) -> Any:  # noqa: ANN401
+        """Return the answer to a DELETE."""
+        return self._ask("DELETE", _path(parts), 60)
 
     def events(self, *parts: str, query: str = "") -> Iterator[dict[str, Any]]:
         """Yield the data of each server-sent event, until the daemon ends the stream."""
@@ -83,8 +89,8 @@ class Client:
             if raw.startswith(b"data: "):
                 yield json.loads(raw[6:])
 
-    def _ask(self, method: str, path: str, timeout_s: float | None) -> Any:  # noqa: ANN401
-        response = self._send(method, path, timeout_s)
+    def _ask(self, method: str, path: str, timeout_s: float | None, body: bytes | None = None) -> Any:  # noqa: ANN401
+        response = self._send(method, path, timeout_s, body)
         try:
             answer = json.loads(response.read() or b"null")
         except ValueError:
@@ -93,10 +99,12 @@ class Client:
             raise AnswerError(response.status, answer if isinstance(answer, dict) else {})
         return answer
 
-    def _send(self, method: str, path: str, timeout_s: float | None) -> http.client.HTTPResponse:
+    def _send(
+        self, method: str, path: str, timeout_s: float | None, body: bytes | None = None
+    ) -> http.client.HTTPResponse:
         connection = _UnixConnection(self.socket_path, timeout_s)
         try:
-            connection.request(method, path)
+            connection.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
             return connection.getresponse()
         except PermissionError as error:
             raise DaemonUnreachableError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmstudiod import __version__
 from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
+from llmstudiod.ctl import keys as api_keys
 from llmstudiod.ctl import show
 from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
 
@@ -21,6 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     # Both options may stand before or after the command; a default in either place would undo the other.
     arguments = _parser().parse_args(argv, argparse.Namespace(json=False, socket=None))
     try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # `| head` has seen enough
+        return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
         command: Command = arguments.command
         return command(Client.from_environment(arguments.socket), arguments)
     except AnswerError as error:
@@ -31,11 +42,6 @@ def main(argv: list[str] | None = None) -> int:
             arguments, {"detail": error.message, "kind": error.kind, "hint": error.hint}, error.message, error.hint
         )
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # `| head` has seen enough
-        return 0
 
 
 def _complain(arguments: argparse.Namespace, answer: dict[str, Any], message: str, hint: str | None) -> None:
@@ -84,6 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="*", type=Path)
     explain = add("explain", _explain, "show how a model would be started, and why so")
     explain.add_argument("model")
+    key = add("key", _no_command, "make, list or revoke the endpoint's API keys")
+    keys = key.add_subparsers(required=True, metavar="COMMAND")
+
+    def add_key(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = keys.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(command=command)
+        return added
+
+    new = add_key("add", api_keys.add, "make a key and print it, once")
+    new.add_argument("name", help="letters, digits and ._@-")
+    new.add_argument("--admin", action="store_true", help="it may administer")
+    new.add_argument("--metrics", action="store_true", help="it may read the metrics")
+    new.add_argument("--models", action="append", metavar="NAME[,NAME…]", help="it may use these models alone")
+    new.add_argument("--expires", metavar="TIME", help="how long it is valid, such as 30d (default: for ever)")
+    add_key("list", api_keys.listing, "list the keys, without their secrets")
+    add_key("revoke", api_keys.revoke, "take a key away").add_argument("name")
+    add("schema", _schema, "print the JSON schema of recipes, for editors")
     add("version", _version, "show the versions of this program, the daemon and llama-server")
     return parser
 
@@ -232,6 +255,16 @@ def _explain(client: Client, arguments: argparse.Namespace) -> int:
     if plan["systemd_run"]:
         print(f"\nunit:\n  {shlex.join(plan['systemd_run'])}")
     return 0
+
+
+def _no_command(_: Client, __: argparse.Namespace) -> int:
+    raise AssertionError("the parser wants a command")
+
+
+def _schema(_: Client, __: argparse.Namespace) -> int:
+    from llmstudiod.adapters.recipe_schema import recipe_schema  # slow to import, and needed here alone
+
+    return _print_json(recipe_schema())
 
 
 def _version(client: Client, arguments: argparse.Namespace) -> int:

@@ -90,6 +90,7 @@ def status_text(item: dict[str, Any]) -> str:
         field("context", f"{item['n_ctx']} tokens a request, {item['slots']} slots")
     field("unit", f"{item['unit']} (pid {item['pid']})" if item["unit"] else None)
     field("socket", item["socket"] if item["unit"] else None)
+    field("sandbox", f"relaxed: {', '.join(item['sandbox'])}" if item.get("sandbox") else None)
     for text in (*item["notes"], *item["warnings"]):
         field("note", text)
     if item["last_lines"]:

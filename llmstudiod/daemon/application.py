@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from aiohttp import web
 
+from llmstudiod.adapters.key_file import keys_path, read_keys, write_own_keys
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import progress_mark
@@ -17,13 +20,17 @@ from llmstudiod.adapters.program import LocalProgram, Program
 from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.errors import ConfigError, LlmstudioError
+from llmstudiod.core.keys import Key, write_keys
+from llmstudiod.core.launcher_protocol import Verb, Write
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.model_spec import lifecycle_defaults
 from llmstudiod.core.recipe import Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
+from llmstudiod.http.access import Access, Rules
 from llmstudiod.http.admin import Admin
+from llmstudiod.http.admin_keys import AdminKeys
 from llmstudiod.http.client import EndpointServer
 from llmstudiod.http.fast_path import FastPath
 from llmstudiod.http.listing import Listing
@@ -34,6 +41,8 @@ from llmstudiod.launchers.base import Launcher
 from llmstudiod.launchers.privileged import PrivilegedClient, PrivilegedProgram
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.supervisor import Supervisor
+
+LAST_MOMENT_S = 1.0
 
 logger = logging.getLogger("llmstudiod")
 
@@ -52,7 +61,8 @@ class Application:
         found = found or _read(config, environment)
         self.loaded: LoadedSettings = found.settings
         settings = self.loaded.settings
-        self.launcher, program = choose_launcher(settings)
+        self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
+        self.launcher, program = _launcher(settings, self._helper)
         self.planner = Planner(settings, self.launcher, program)
         self.pools = Pools()
         self.supervisor = Supervisor(
@@ -64,12 +74,19 @@ class Application:
             clock=clock,
         )
         listing = Listing(self.supervisor, created=int(time.time()))
+        self.access = Access(Rules(), own_names=frozenset({socket.gethostname().lower()}))
         self.proxy = Proxy(
             self.supervisor,
             self.pools,
             listing,
             max_body=settings.max_body,
             wait_comment_interval_s=settings.wait_comment_interval,
+            access=self.access,
+        )
+        keys = AdminKeys(
+            keys=lambda: self.access.rules.keys or (),
+            put=self._put_keys,
+            model_names=lambda: frozenset(self.supervisor.catalogue.ids_by_name),
         )
         self.admin = Admin(
             supervisor=self.supervisor,
@@ -79,9 +96,11 @@ class Application:
             settings=lambda: self.loaded,
             ports=lambda: self._ports,
             clock=clock,
+            keys=keys,
         )
         self._put_in_force(found)
         self._servers: list[asyncio.Server] = []
+        self._endpoint: EndpointServer | None = None
         self._strangers: list[str] = []
         self._ports: list[int] = []
 
@@ -89,8 +108,11 @@ class Application:
     async def serving(self, listeners: Listeners) -> AsyncIterator[None]:
         """Serve the sockets for as long as the context lasts."""
         loop = asyncio.get_running_loop()
-        fast_path = FastPath(self.supervisor, self.pools, FORWARDED_POSTS, max_body=lambda: self.proxy.max_body)
+        fast_path = FastPath(
+            self.supervisor, self.pools, FORWARDED_POSTS, max_body=lambda: self.proxy.max_body, access=self.access
+        )
         endpoint = EndpointServer(self.proxy.handle, fast_path=fast_path, after_loss=self.proxy.after_fast_loss)
+        self._endpoint = endpoint
         runner = web.AppRunner(self.admin.application(), access_log=None, handler_cancellation=True)
         await runner.setup()
         assert runner.server is not None
@@ -160,12 +182,36 @@ class Application:
     def _put_in_force(self, found: Configuration, catalogue: Catalogue | None = None) -> None:
         settings = found.settings.settings
         self._found = found
+        self.access.rules = self._rules(settings)
         catalogue = catalogue or load_catalogue(settings, found.recipes)
         self.supervisor.use_catalogue(catalogue, lifecycle_defaults(settings), max_instances=settings.max_instances)
         warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
         for fault in (*found.settings.faults, *catalogue.faults, *warnings):
             logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)
         logger.info("%d models, %d faulty recipes", len(catalogue.entries), len(catalogue.faulty()))
+
+    def _rules(self, settings: Settings) -> Rules:
+        """Return who may use the endpoint. A keys file that cannot be read lets nobody in, rather than everybody."""
+        keys: tuple[Key, ...] | None = None
+        try:
+            keys = read_keys(keys_path(settings.keys_file))
+        except ConfigError as error:
+            logger.error("%s (%s)", error.message, error.hint)  # noqa: TRY400 - no bug
+        return Rules(
+            keys=keys,
+            allowed_hosts=frozenset(name.lower() for name in settings.allowed_hosts),
+            cors_origins=frozenset(settings.cors_origins),
+            allows_open_listener=settings.allow_open_listener,
+        )
+
+    async def _put_keys(self, keys: tuple[Key, ...]) -> None:
+        """Replace all keys, by the launcher where there is one: the file is root's."""
+        settings, text = self.loaded.settings, write_keys(keys)
+        if self._helper is not None:
+            await self._helper.ask(Write(Verb.PUT_KEYS, text=text))
+        else:
+            await asyncio.to_thread(write_own_keys, Path(settings.keys_file), text)
+        self.access.rules = await asyncio.to_thread(self._rules, settings)
 
     def _write_snapshot(self) -> None:
         if self._snapshot_dir is not None:
@@ -176,7 +222,10 @@ class Application:
         for server in self._servers:
             server.close()
         if self.launcher.outlives_us:
-            await self.supervisor.leave(within_s=self.loaded.settings.drain_timeout)
+            within_s = self.loaded.settings.drain_timeout
+            if self._endpoint is not None:
+                await self._endpoint.drain(within_s=within_s)
+            await self.supervisor.leave(within_s=LAST_MOMENT_S)
         else:
             await self.supervisor.shut_down()
 
@@ -197,8 +246,8 @@ def _read(config: Path, environment: Mapping[str, str] | None) -> Configuration:
     return Configuration(settings, load_recipes(Path(settings.settings.recipes_dir)))
 
 
-def choose_launcher(settings: Settings) -> tuple[Launcher, Program]:
-    """Return the launcher that the settings ask for, or the one that works here, and whom it asks about llama-server.
+def choose_launcher(settings: Settings) -> Literal["systemd", "subprocess"]:
+    """Return the launcher that the settings ask for, or the one that works here.
 
     Raises:
         ConfigError: systemd is asked for, and cannot be used.
@@ -206,7 +255,11 @@ def choose_launcher(settings: Settings) -> tuple[Launcher, Program]:
     why_not = systemd.is_usable(settings.launcher_socket)
     if settings.launcher == "systemd" and why_not:
         raise ConfigError(f"launcher: systemd cannot be used: {why_not}", hint="set `launcher: auto`")
-    if settings.launcher == "subprocess" or why_not:
+    return "subprocess" if settings.launcher == "subprocess" or why_not else "systemd"
+
+
+def _launcher(settings: Settings, helper: PrivilegedClient | None) -> tuple[Launcher, Program]:
+    """Return the launcher, and whom it asks about llama-server."""
+    if helper is None:
         return SubprocessLauncher(Path(settings.runtime_dir)), LocalProgram(settings, os.environ)
-    helper = PrivilegedClient(settings.launcher_socket)
     return systemd.SystemdLauncher(helper), PrivilegedProgram(helper)

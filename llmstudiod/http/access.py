@@ -57,6 +57,28 @@ class Access:
                 raise AccessDeniedError("this listener is reached from outside, and no keys are set", hint=hint)
         return key
 
+    def cors_headers(self, origin: str | None) -> dict[str, str]:
+        """Return what lets an allowed page read an answer."""
+        allowed = self.allowed_origin(origin)
+        return {"Access-Control-Allow-Origin": allowed, "Vary": "Origin"} if allowed else {}
+
+    def preflight_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Return the answer to a browser that asks before it sends a page's request; no key comes with the question.
+
+        Raises:
+            AccessDeniedError: The page is none of those that may.
+        """
+        origin = headers.get("Origin")
+        if self.allowed_origin(origin) is None:
+            hint = "add it to cors_origins in llmstudiod.yaml"
+            raise AccessDeniedError(f"a web page of '{str(origin)[:100]}' may not use this endpoint", hint=hint)
+        asked = headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+        return {
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": asked if asked.isprintable() else "Authorization, Content-Type",
+            "Access-Control-Max-Age": "600",
+        }
+
     def allowed_origin(self, origin: str | None) -> str | None:
         """Return the Origin if its pages may read our answers."""
         allowed = self.rules.cors_origins
@@ -104,6 +126,11 @@ class Access:
             f"a web page of '{origin[:100]}' may not use this endpoint",
             hint="add it to cors_origins in llmstudiod.yaml, or let it use a key",
         )
+
+
+def is_preflight(method: str, headers: Mapping[str, str]) -> bool:
+    """Whether a browser asks before it sends a page's request. Source: the Fetch standard, "CORS-preflight request"."""
+    return method == "OPTIONS" and "Origin" in headers and "Access-Control-Request-Method" in headers
 
 
 def host_name(host: str) -> str:

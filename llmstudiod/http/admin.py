@@ -6,9 +6,7 @@ Paths and field names are those of vllm-studio's controller, whose clients go on
 import asyncio
 import contextlib
 import logging
-import os
 import socket
-import struct
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,8 +19,10 @@ from llmstudiod.core.errors import AccessDeniedError, BadRequestError, Llmstudio
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.recipe import Fault, RecipeEntry
 from llmstudiod.core.settings import LoadedSettings
+from llmstudiod.http.admin_keys import AdminKeys
 from llmstudiod.http.answers import error_headers, json_bytes, json_response
 from llmstudiod.http.listing import Listing
+from llmstudiod.http.peer import ADMIN_GROUP, peer_of
 from llmstudiod.launchers.base import Launcher
 from llmstudiod.supervisor import Supervisor
 
@@ -39,6 +39,10 @@ OLD_WORDS = {
 }
 """Our states in vllm-studio's words."""
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+OPEN_TO_ALL = frozenset({"/health", "/status", "/instances"})
+"""What the setting ``open_status`` lets everybody on the machine read."""
 MAX_LINES = 20_000
 MAX_WAIT_S = 3600.0
 
@@ -56,7 +60,9 @@ class Admin:
         settings: Callable[[], LoadedSettings],
         ports: Callable[[], list[int]],
         clock: Callable[[], float],
+        keys: AdminKeys,
     ) -> None:
+        self._keys = keys
         self._supervisor = supervisor
         self._planner = planner
         self._launcher = launcher
@@ -67,7 +73,7 @@ class Admin:
 
     def application(self) -> web.Application:
         """Return the routes."""
-        app = web.Application(middlewares=[_errors, _peer_rights])
+        app = web.Application(middlewares=[_errors, self._peer_rights])
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -87,9 +93,24 @@ class Admin:
                 web.get("/logs/{id}/stream", self._log_stream),
                 web.post("/api/models/unload", self._evict_all),
                 web.post("/api/models/unload/{id}", self._evict_one),
+                *self._keys.routes(),
             ]
         )
         return app
+
+    @web.middleware
+    async def _peer_rights(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let administrators in, and others where they may look."""
+        sock = request.transport.get_extra_info("socket") if request.transport else None
+        if sock is None:
+            raise AccessDeniedError("the connection is gone")
+        if sock.family == socket.AF_UNIX:
+            peer = peer_of(sock)
+            may_look = request.method == "GET" and request.path in OPEN_TO_ALL and self._settings().settings.open_status
+            if not may_look and not peer.may_administer():
+                hint = f"use sudo, or join the group {ADMIN_GROUP} (`adduser NAME {ADMIN_GROUP}`, then log in again)"
+                raise AccessDeniedError(f"user {peer.uid} may not administer llmstudiod", hint=hint)
+        return await handler(request)
 
     # Reading
 
@@ -182,6 +203,7 @@ class Admin:
         if with_story:
             result["argv"] = list(plan.request.argv) if plan else None
             result["socket"] = plan.request.socket_path if plan else None
+            result["sandbox"] = list(entry.recipe.sandbox.relaxations()) if entry else []
             result["notes"] = list(plan.command.notes) if plan else []
             result["last_lines"] = list(shown.failure.lines) if shown.failure else []
             result["warnings"] = [str(warning) for warning in entry.warnings] if entry else []
@@ -342,9 +364,6 @@ def _detail(error: LlmstudioError) -> dict[str, Any]:
     return detail | {name: error.details[name] for name in ("failure", "lines") if error.details.get(name)}
 
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn errors into this interface's envelope; a bug is logged with its traceback and told as 500."""
@@ -358,15 +377,3 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception:
         logger.exception("%s %s: internal error", request.method, request.path)
         return json_response({"detail": "Internal Server Error", "kind": "internal", "hint": None}, status=500)
-
-
-@web.middleware
-async def _peer_rights(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Let root and the daemon's own user in, by the credentials that the kernel vouches for."""
-    sock = request.transport.get_extra_info("socket") if request.transport else None
-    if sock is not None and sock.family == socket.AF_UNIX:
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, _ = struct.unpack("3i", raw)
-        if uid not in {0, os.geteuid()}:
-            raise AccessDeniedError(f"user {uid} may not administer llmstudiod", hint="use sudo")
-    return await handler(request)

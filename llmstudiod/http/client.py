@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 from aiohttp import web
@@ -10,12 +10,15 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from llmstudiod.core.errors import BadRequestError, LlmstudioError
+from llmstudiod.core.keys import Key
 from llmstudiod.http.answers import error_response
 from llmstudiod.http.fast_parser import FastRequest, Verdict, parse_request
 from llmstudiod.http.fast_path import FastExchange, FastPath
 from llmstudiod.http.framing import LAST_CHUNK, chunk
 from llmstudiod.http.relay import Exchange
 
+QUIET_S = 0.3
+DRAIN_LOOK_S = 0.02
 KEEPALIVE_S = 75.0  # aiohttp's own default is about an hour
 GATHER_S = 10.0
 """How long a connection whose time of rest is over may go on with a request that comes in pieces."""
@@ -50,6 +53,9 @@ class ClientConnection(RequestHandler):
         super().__init__(manager, loop=loop, **arguments)
         self.exchange: Exchange | None = None
         self.has_begun = False  # whether the request under way in aiohttp has a part of its answer
+        self.local_address = ""
+        self.key: Key | None = None  # of the request under way in aiohttp
+        self._touched_at = 0.0
         self._event_loop = loop
         self._endpoint = manager
         self._is_plain = manager.fast_path is not None and can_be_fast(self)
@@ -62,17 +68,22 @@ class ClientConnection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the time of rest begin."""
         super().connection_made(transport)
+        address = transport.get_extra_info("sockname")
+        self.local_address = str(address[0]) if isinstance(address, tuple) else ""
+        self._touched_at = self._event_loop.time()
         if can_be_fast(self):
             self._rest()
 
     def data_received(self, data: bytes) -> None:
         """Serve a simple request at once; leave everything else to aiohttp."""
+        self._touched_at = self._event_loop.time()
         if self._fast is not None:
             self._hold(data)
             return
-        if self._is_plain and data:  # aiohttp itself calls with nothing, to look at what it holds
-            fast_path, held = self._endpoint.fast_path, self._gathered
-            assert fast_path is not None
+        fast_path, held = self._endpoint.fast_path, self._gathered
+        if fast_path is None:  # the daemon is stopping
+            data, self._gathered = held + data, b""
+        elif self._is_plain and data:  # aiohttp itself calls with nothing, to look at what it holds
             if held:
                 data, self._gathered = held + data, b""
             verdict = parse_request(data, max_body=fast_path.max_body())
@@ -93,6 +104,16 @@ class ClientConnection(RequestHandler):
                     return
             self._is_plain = verdict is not Verdict.UNSURE
         super().data_received(data)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether this answer is the connection's last: the daemon is stopping."""
+        return self._endpoint.is_draining
+
+    def is_at_rest(self, now: float) -> bool:
+        """Whether nothing has come for a while and nothing is being answered."""
+        is_busy = self._fast is not None or self._gathered or self._current_request is not None or self._messages
+        return not is_busy and now - self._touched_at >= QUIET_S
 
     def answered(self) -> None:
         """Note that the request under way in aiohttp has its whole answer."""
@@ -264,6 +285,22 @@ class EndpointServer(web.Server):
         super().__init__(handler, handler_cancellation=True, **self._arguments)
         self.fast_path = fast_path
         self.after_loss = after_loss
+        self.is_draining = False
+
+    async def drain(self, *, within_s: float) -> None:
+        """Answer what comes on the connections that are open, each with its last answer; return when all are closed.
+
+        A connection at rest is closed only when nothing has come for a moment: its client may just be asking.
+        """
+        self.is_draining = True
+        self.fast_path = None
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within_s
+        while self.connections and (now := loop.time()) < deadline:
+            for connection in list(self.connections):
+                if isinstance(connection, ClientConnection) and connection.is_at_rest(now):
+                    connection.force_close()
+            await asyncio.sleep(DRAIN_LOOK_S)
 
     def __call__(self) -> RequestHandler:
         """Return the protocol of a new connection."""
@@ -288,23 +325,31 @@ class Relayed:
 class ClientStream:
     """Writes to one request's client, past aiohttp's response objects."""
 
-    __slots__ = ("_connection", "is_begun", "is_http11", "is_last")
+    __slots__ = ("_connection", "_extra_head", "is_begun", "is_http11", "is_last")
 
-    def __init__(self, connection: ClientConnection, *, is_http11: bool = True, is_last: bool = False) -> None:
+    def __init__(
+        self, connection: ClientConnection, *, is_http11: bool = True, is_last: bool = False, extra_head: bytes = b""
+    ) -> None:
         self._connection = connection
+        self._extra_head = extra_head  # lines of ours, for whoever writes the head
         self.is_http11 = is_http11
         self.is_last = is_last
         self.is_begun = False
 
     @classmethod
-    def of(cls, request: web.BaseRequest) -> "ClientStream":
-        """Return the stream to the client of ``request``."""
+    def of(cls, request: web.BaseRequest, *, extra_headers: Mapping[str, str] | None = None) -> "ClientStream":
+        """Return the stream to the client of ``request``; its answer's head gets the extra headers."""
         connection = cast("ClientConnection", request.protocol)
-        return cls(connection, is_http11=request.version >= (1, 1), is_last=not request.keep_alive)
+        is_last = not request.keep_alive or connection.is_draining
+        extra = "".join(f"{name}: {value}\r\n" for name, value in (extra_headers or {}).items())
+        return cls(connection, is_http11=request.version >= (1, 1), is_last=is_last, extra_head=extra.encode("latin-1"))
 
     def write(self, data: bytes) -> None:
         """Put bytes into the connection; that a client has gone is found out elsewhere."""
         self._connection.has_begun = True
+        if self._extra_head:
+            line, _, rest = data.partition(b"\r\n")
+            data, self._extra_head = line + b"\r\n" + self._extra_head + rest, b""
         self._connection.write(data)
 
     def answered(self) -> None:

@@ -9,7 +9,10 @@ import functools
 from collections.abc import Callable
 from typing import Protocol
 
+from multidict import CIMultiDict
+
 from llmstudiod.core.errors import LlmstudioError
+from llmstudiod.http.access import Access, Rules
 from llmstudiod.http.body import read_json_facts
 from llmstudiod.http.fast_parser import FastHead, FastRequest
 from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head
@@ -18,6 +21,8 @@ from llmstudiod.supervisor import Supervisor, Ticket
 
 class FastClient(Protocol):
     """The client's connection, as far as the fast path needs it."""
+
+    local_address: str
 
     def write(self, data: bytes) -> None:
         """Put bytes into the connection."""
@@ -29,12 +34,24 @@ class FastClient(Protocol):
         """The upstream was lost; ``is_untouched``: no byte of an answer was seen, so the request can go again."""
 
 
+MAX_JUDGED = 2048
+
+
 class FastPath:
     """Tries the short way; shared by all connections of the endpoint. ``max_body`` tells the limit now in force."""
 
     def __init__(
-        self, supervisor: Supervisor, pools: Pools, paths: frozenset[str], *, max_body: Callable[[], int]
+        self,
+        supervisor: Supervisor,
+        pools: Pools,
+        paths: frozenset[str],
+        *,
+        max_body: Callable[[], int],
+        access: Access,
     ) -> None:
+        self._access = access
+        self._judged: dict[tuple[FastHead, str], bool] = {}
+        self._judged_by: Rules | None = None
         self.max_body = max_body
         self._supervisor = supervisor
         self._pools = pools
@@ -43,7 +60,7 @@ class FastPath:
     def start(self, client: FastClient, request: FastRequest, data: bytes) -> "FastExchange | None":
         """Begin to serve ``request``, or return None and leave no trace."""
         head = request.head
-        if head.path not in self._paths:
+        if head.path not in self._paths or not self._is_let_in(head, client.local_address):
             return None
         body = data[request.body_start :]
         catalogue = self._supervisor.catalogue
@@ -74,6 +91,30 @@ class FastPath:
         exchange.relay = relay
         relay.start_on(connection, _upstream_head(head) + body)
         return exchange
+
+    def _is_let_in(self, head: FastHead, address: str) -> bool:
+        """Whether a head may come in at an address; asked once for each, since a client's heads are mostly the same.
+
+        What needs more than a yes takes the usual way: a page that must be named in the answer, a key that may use
+        some models alone or that expires.
+        """
+        if self._access.rules is not self._judged_by or len(self._judged) > MAX_JUDGED:
+            self._judged_by = self._access.rules
+            self._judged.clear()
+        known = self._judged.get((head, address))
+        if known is None:
+            known = self._judged[head, address] = self._judge(head, address)
+        return known
+
+    def _judge(self, head: FastHead, address: str) -> bool:
+        headers = CIMultiDict((name.decode(), value.decode("utf-8", "surrogateescape")) for name, value in head.headers)
+        if "Origin" in headers:
+            return False
+        try:
+            key = self._access.check(headers, local_address=address, is_safe=False)
+        except LlmstudioError:
+            return False  # the usual way finds it again, and words it
+        return key is None or (not key.models and not key.expires)
 
 
 @functools.lru_cache(maxsize=512)

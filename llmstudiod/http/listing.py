@@ -7,6 +7,8 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from llmstudiod import __version__
+from llmstudiod.core.errors import ModelNotFoundError
+from llmstudiod.core.keys import Key
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.recipe import RecipeEntry
 from llmstudiod.http.answers import json_response
@@ -26,7 +28,7 @@ class Listing:
         self._supervisor = supervisor
         self._created = created
 
-    def answer(self, path: str) -> web.Response | None:
+    def answer(self, path: str, key: Key | None = None) -> web.Response | None:
         """Return the answer for ``path``, or None when it is none of ours.
 
         Raises:
@@ -39,13 +41,21 @@ class Listing:
                 return json_response(self.health())
             case "/v1/models" | "/models":
                 entries = self._supervisor.catalogue.entries.values()
-                data = [self.model(entry) for entry in entries if not entry.recipe.unlisted]
+                shown = [entry for entry in entries if not entry.recipe.unlisted and _may_see(key, entry)]
+                data = [self.model(entry) for entry in shown]
                 return json_response({"object": "list", "data": data})
             case "/running":
-                return json_response({"running": [_running(shown) for shown in self._views() if _is_up(shown)]})
+                known = self._supervisor.catalogue.entries
+                seen = {model for model, entry in known.items() if _may_see(key, entry)}
+                running = [_running(shown) for shown in self._views() if _is_up(shown) and shown.id in seen]
+                return json_response({"running": running})
         if path.startswith("/v1/models/"):
             catalogue = self._supervisor.catalogue
-            return json_response(self.model(catalogue.entries[catalogue.resolve(unquote(path[len("/v1/models/") :]))]))
+            name = unquote(path[len("/v1/models/") :])
+            entry = catalogue.entries[catalogue.resolve(name)]
+            if not _may_see(key, entry):
+                raise ModelNotFoundError(f"there is no model '{name[:200]}' for this key")
+            return json_response(self.model(entry))
         return None
 
     def health(self) -> dict[str, Any]:
@@ -80,6 +90,10 @@ class Listing:
 
     def _views(self) -> list[InstanceView]:
         return self._supervisor.views()
+
+
+def _may_see(key: Key | None, entry: RecipeEntry) -> bool:
+    return key is None or key.may_use(entry.recipe.names)
 
 
 def _is_up(shown: InstanceView) -> bool:

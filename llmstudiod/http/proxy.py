@@ -27,6 +27,7 @@ from llmstudiod.core.errors import (
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.units import format_bytes
 from llmstudiod.http import tokens
+from llmstudiod.http.access import Access, is_preflight
 from llmstudiod.http.answers import error_event, error_response, is_anthropic, raw_error
 from llmstudiod.http.body import (
     PARSE_UP_TO,
@@ -76,6 +77,8 @@ WHY_TIMEOUT_S = 1.0
 
 _ASSETS = (".ico", ".js", ".mjs", ".css", ".map", ".png", ".jpg", ".svg", ".gif", ".webp", ".woff", ".woff2", ".html")
 _READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
+OPEN_PATHS = frozenset({"/health", "/v1/health"})
+"""What is told without a key: whether the daemon can serve."""
 
 
 class Proxy:
@@ -89,8 +92,10 @@ class Proxy:
         *,
         max_body: int,
         wait_comment_interval_s: float,
+        access: Access,
     ) -> None:
         self._supervisor = supervisor
+        self._access = access
         self._pools = pools
         self._listing = listing
         self.max_body = max_body
@@ -98,8 +103,21 @@ class Proxy:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; the handler that aiohttp's server calls."""
-        path = _path(request)
+        response = await self._answer(request, _path(request))
+        if isinstance(response, web.Response):
+            response.headers.update(self._access.cors_headers(request.headers.get("Origin")))
+            if _connection(request).is_draining:
+                response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         try:
+            if is_preflight(request.method, request.headers):
+                return web.Response(status=204, headers=self._access.preflight_headers(request.headers))
+            if path not in OPEN_PATHS:
+                _connection(request).key = self._access.check(
+                    request.headers, local_address=local_address(request), is_safe=request.method in _READ_ONLY
+                )
             return await self._route(request, path)
         except LlmstudioError as error:
             return error_response(error, path=path)
@@ -119,12 +137,12 @@ class Proxy:
             return await self._count_tokens(request, path)
         if path in FORWARDED_GETS:
             self._only(method, "GET", path)
-            model = self._supervisor.catalogue.resolve(_model_of_query(request))
+            model = self._permitted(request, _model_of_query(request))
             self._only_if_loaded(request, model, path)
             return await self._forward(request, _target(request), RequestFacts(model), b"")
         if path in FORWARDED_POSTS:
             self._only(method, "POST", path)
-        answer = self._listing.answer(path)
+        answer = self._listing.answer(path, _connection(request).key)
         if answer is not None:
             self._only(method, "GET", path)
             return answer
@@ -141,6 +159,15 @@ class Proxy:
             raise _MethodNotAllowedError(f"{path} takes {allowed}, not {method}", details={"allow": allowed})
 
     # Which model
+
+    def _permitted(self, request: web.BaseRequest, name: str | None) -> str:
+        """Return the model of a name, if the request's key may use it."""
+        catalogue, key = self._supervisor.catalogue, _connection(request).key
+        model = catalogue.resolve(name)
+        if key is not None and not key.may_use(catalogue.entries[model].recipe.names):
+            hint = "GET /v1/models lists what it may use"
+            raise AccessDeniedError(f"the API key '{key.name}' may not use '{model}'", hint=hint)
+        return model
 
     async def _forward_post(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await self._body(request)
@@ -186,10 +213,10 @@ class Proxy:
         self, request: web.BaseRequest, target: str, facts: RequestFacts, body: bytes | bytearray
     ) -> web.StreamResponse:
         path = _path(request)
-        model = self._supervisor.catalogue.resolve(facts.model)
+        model = self._permitted(request, facts.model)
         head = _upstream_head(request, target, body)
         is_stream = facts.is_stream and target.partition("?")[0] not in NEVER_STREAMED
-        client = ClientStream.of(request)
+        client = ClientStream.of(request, extra_headers=self._access.cors_headers(request.headers.get("Origin")))
         ticket = self._supervisor.ask(model, cost_tokens=self._cost(model, facts, body))
         try:
             if not ticket.is_settled:
@@ -314,7 +341,7 @@ class Proxy:
 
     async def _count_tokens(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         body = await self._body(request)
-        model = self._supervisor.catalogue.resolve((await _read_facts(read_json_facts, body)).model)
+        model = self._permitted(request, (await _read_facts(read_json_facts, body)).model)
         ticket = self._supervisor.ask(model)
         try:
             await self._supervisor.settled(ticket)
@@ -337,6 +364,15 @@ class _MethodNotAllowedError(LlmstudioError):
 async def _read_facts(read: Callable[[Bytes], RequestFacts], body: Bytes) -> RequestFacts:
     """Return what ``read`` finds in a body; a large one takes its time, and others are served meanwhile."""
     return read(body) if len(body) <= PARSE_UP_TO else await asyncio.to_thread(read, body)
+
+
+def _connection(request: web.BaseRequest) -> ClientConnection:
+    return cast("ClientConnection", request.protocol)
+
+
+def local_address(request: web.BaseRequest) -> str:
+    """Return the address at which a request arrived."""
+    return _connection(request).local_address
 
 
 def _target(request: web.BaseRequest) -> str:

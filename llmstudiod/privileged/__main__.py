@@ -7,6 +7,7 @@ import json
 import os
 import pwd
 import select
+import signal
 import socket
 import struct
 import sys
@@ -38,7 +39,7 @@ def serve(listener: socket.socket, units: Units, *, uids: frozenset[int], idle_s
             connection, _ = listener.accept()
             if len(threads) >= MAX_AT_ONCE:
                 threads[0].join()
-            threads.append(threading.Thread(target=_serve_one, args=(connection, units, uids), daemon=True))
+            threads.append(threading.Thread(target=_serve_one, args=(connection, units, uids)))
             threads[-1].start()
 
 
@@ -81,7 +82,6 @@ def _error(error: LlmstudioError) -> dict[str, Any]:
 def _log(message: str) -> None:
     """Write to the journal. The logging module takes longer to import than a request takes."""
     sys.stderr.write(message.rstrip() + "\n")
-    sys.stderr.flush()
 
 
 def main() -> int:
@@ -90,6 +90,7 @@ def main() -> int:
         _log("llmstudio-launcher is started by systemd, through llmstudio-launcher.socket")
         return 2
     store = Store(DEFAULT_FILE, Path(os.environ.get("STATE_DIRECTORY", "/var/lib/llmstudio-launcher")))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the threads end what they have begun
     with socket.socket(fileno=FIRST_FD) as listener:
         serve(listener, Units(store), uids=frozenset({0, pwd.getpwnam("llmstudio").pw_uid}))
     return 0

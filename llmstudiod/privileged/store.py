@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
+from llmstudiod.core.keys import parse_keys, write_keys
 from llmstudiod.core.launcher_protocol import Launch
 from llmstudiod.core.model_names import id_from_stem
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, recipe_hash
@@ -78,7 +79,7 @@ class Store:
 
     def put_keys(self, text: str, settings: Settings) -> None:
         """Replace the file of API keys, which the daemon's group may read."""
-        write_trusted(settings.keys_file, text, owner=self._owner, mode=0o640)
+        write_trusted(settings.keys_file, write_keys(parse_keys(text)), owner=self._owner, mode=0o640)
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """Return what was kept under a name; what is lost or damaged is made again."""

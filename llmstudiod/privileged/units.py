@@ -25,7 +25,6 @@ COMMAND_TIMEOUT_S = 45.0
 QUESTION_TIMEOUT_S = 20.0
 NVIDIA = "/proc/driver/nvidia"
 GPU_NODES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd")
-_NOT_LOADED = 5  # systemctl(1), "Exit Status"
 
 
 class Units:
@@ -121,7 +120,7 @@ def stop_unit(model_id: str, *, is_forced: bool) -> None:
         _run("systemctl", "kill", "--signal=SIGKILL", unit_name(model_id))
     code, output = _run(*stop_argv(model_id))
     _run("systemctl", "reset-failed", unit_name(model_id))
-    if code not in (0, _NOT_LOADED):
+    if code not in (0, 5):  # 5: it is not loaded; systemctl(1), "Exit Status"
         raise LauncherError(output.strip() or f"systemctl ended with {code}")
 
 
@@ -140,8 +139,7 @@ def _gpu_nodes() -> list[str]:
     if os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/nvidia-uvm"):
         # In a unit of its own, since the launcher may load no driver.
         _run("systemd-run", "--quiet", "--wait", "--collect", "--no-ask-password", "nvidia-modprobe", "-u", "-c=0")
-    found = [node for pattern in GPU_NODES for node in Path("/dev").glob(pattern)]
-    return sorted(str(node) for node in found if not node.is_dir())
+    return sorted(str(node) for kind in GPU_NODES for node in Path("/dev").glob(kind) if not node.is_dir())
 
 
 def _with_groups(request: LaunchRequest) -> LaunchRequest:

@@ -18,6 +18,7 @@ from llmstudiod.core.lifecycle import State
 from llmstudiod.core.model_spec import LifecycleDefaults
 from llmstudiod.core.recipe import Recipe, RecipeEntry
 from llmstudiod.core.scheduler import Scheduler
+from llmstudiod.http.access import Access, Rules
 from llmstudiod.http.client import EndpointServer
 from llmstudiod.http.fast_path import FastPath
 from llmstudiod.http.listing import Listing
@@ -241,6 +242,9 @@ DEFAULT_RECIPES = (
 )
 
 
+ANYBODY = Rules(allowed_hosts=frozenset({"*"}), cors_origins=frozenset({"*"}))
+
+
 @contextlib.asynccontextmanager
 async def open_house(
     directory: Path,
@@ -250,6 +254,7 @@ async def open_house(
     wait_comment_interval_s: float = 5.0,
     max_body: int = MAX_BODY,
     has_fast_path: bool = True,
+    rules: Rules = ANYBODY,
 ) -> AsyncIterator[House]:
     """Serve for as long as the context lasts; models are loaded by the first request, or by `House.warm_up`."""
     loop = asyncio.get_running_loop()
@@ -266,9 +271,12 @@ async def open_house(
     )
     catalogue = build_catalogue([RecipeEntry(recipe, file=f"{recipe.id}.yaml", line=1) for recipe in recipes])
     supervisor.use_catalogue(catalogue, LifecycleDefaults(max_queue=max_queue), max_instances=0)
+    access = Access(rules, own_names=frozenset())
     listing = Listing(supervisor, created=1_700_000_000)
-    proxy = Proxy(supervisor, pools, listing, max_body=max_body, wait_comment_interval_s=wait_comment_interval_s)
-    fast_path = FastPath(supervisor, pools, FORWARDED_POSTS, max_body=lambda: proxy.max_body)
+    proxy = Proxy(
+        supervisor, pools, listing, max_body=max_body, wait_comment_interval_s=wait_comment_interval_s, access=access
+    )
+    fast_path = FastPath(supervisor, pools, FORWARDED_POSTS, max_body=lambda: proxy.max_body, access=access)
     endpoint_path = fast_path if has_fast_path else None
     endpoint = EndpointServer(proxy.handle, fast_path=endpoint_path, after_loss=proxy.after_fast_loss)
     server = await loop.create_server(endpoint, "127.0.0.1", 0)
