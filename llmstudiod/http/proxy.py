@@ -95,7 +95,7 @@ class Proxy:
         access: Access,
     ) -> None:
         self._supervisor = supervisor
-        self._access = access
+        self.access = access
         self._pools = pools
         self._listing = listing
         self.max_body = max_body
@@ -105,7 +105,7 @@ class Proxy:
         """Answer one request; the handler that aiohttp's server calls."""
         response = await self._answer(request, _path(request))
         if isinstance(response, web.Response):
-            response.headers.update(self._access.cors_headers(request.headers.get("Origin")))
+            response.headers.update(self.access.cors_headers(request.headers.get("Origin")))
             if _connection(request).is_draining:
                 response.force_close()
         return response
@@ -113,9 +113,9 @@ class Proxy:
     async def _answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         try:
             if is_preflight(request.method, request.headers):
-                return web.Response(status=204, headers=self._access.preflight_headers(request.headers))
+                return web.Response(status=204, headers=self.access.preflight_headers(request.headers))
             if path not in OPEN_PATHS:
-                _connection(request).key = self._access.check(
+                _connection(request).key = self.access.check(
                     request.headers, local_address=local_address(request), is_safe=request.method in _READ_ONLY
                 )
             return await self._route(request, path)
@@ -216,7 +216,7 @@ class Proxy:
         model = self._permitted(request, facts.model)
         head = _upstream_head(request, target, body)
         is_stream = facts.is_stream and target.partition("?")[0] not in NEVER_STREAMED
-        client = ClientStream.of(request, extra_headers=self._access.cors_headers(request.headers.get("Origin")))
+        client = ClientStream.of(request, extra_headers=self.access.cors_headers(request.headers.get("Origin")))
         ticket = self._supervisor.ask(model, cost_tokens=self._cost(model, facts, body))
         try:
             if not ticket.is_settled:

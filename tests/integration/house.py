@@ -158,6 +158,7 @@ class House:
     supervisor: Supervisor
     pools: Pools
     proxy: Proxy
+    endpoint: EndpointServer
     port: int
     faults: list[str] = field(default_factory=list)
     _clients: list[Client] = field(default_factory=list)
@@ -191,11 +192,11 @@ class House:
         finally:
             client.close()
 
-    async def warm_up(self) -> None:
+    async def warm_up(self, model: str = "tiny") -> None:
         """Load the model and lay a connection ready, which is what the fast path needs."""
-        await self.supervisor.load("tiny")
-        shown = self.supervisor.view("tiny")
-        pool = self.pools.get("tiny", shown.run) if shown else None
+        await self.supervisor.load(model)
+        shown = self.supervisor.view(model)
+        pool = self.pools.get(model, shown.run) if shown else None
         assert pool is not None
         pool.give_back(await pool.connect())
 
@@ -280,7 +281,7 @@ async def open_house(
     endpoint_path = fast_path if has_fast_path else None
     endpoint = EndpointServer(proxy.handle, fast_path=endpoint_path, after_loss=proxy.after_fast_loss)
     server = await loop.create_server(endpoint, "127.0.0.1", 0)
-    house = House(launcher, supervisor, pools, proxy, server.sockets[0].getsockname()[1])
+    house = House(launcher, supervisor, pools, proxy, endpoint, server.sockets[0].getsockname()[1])
     loop.set_exception_handler(lambda _, context: house.faults.append(f"{context['message']}: {context}"))
     handler = _Faults(house.faults)
     logging.getLogger().addHandler(handler)

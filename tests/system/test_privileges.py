@@ -165,3 +165,93 @@ def test_cuda_variant_is_nearly_as_closed(daemon: Daemon) -> None:
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
     assert found is not None, told
     assert float(found[1]) <= 0.5, told
+
+
+# Keys and administrators
+
+
+def curl(daemon: Daemon, *words: str) -> tuple[int, str]:
+    """Ask the endpoint from inside the host; return status and body."""
+    done = daemon.host.run("curl", "-sS", "-m", "20", "-w", "\\n%{http_code}", *words)
+    body, _, status = done.stdout.rpartition("\n")
+    return int(status), body
+
+
+def test_key_is_made_used_and_revoked(daemon: Daemon) -> None:
+    """By llmstudioctl; the file is root's, the daemon's group reads it, and nobody ever sees the secret again."""
+    daemon.listen()
+    url = "http://127.0.0.1:8080/v1/models"
+    assert curl(daemon, url)[0] == 200
+    secret = daemon.host.run("llmstudioctl", "key", "add", "laptop", "--models", "tiny").stdout.strip()
+    try:
+        assert curl(daemon, url)[0] == 401
+        assert curl(daemon, "-H", f"Authorization: Bearer {secret}", url)[0] == 200
+        stat = daemon.host.run("stat", "-c", "%U:%G %a", "/etc/llmstudio/keys").stdout.strip()
+        assert stat == "root:llmstudio 640"
+        assert "laptop" in daemon.ctl("key", "list")
+        shown = daemon.host.run("cat", "/etc/llmstudio/keys").stdout + daemon.host.journal(SERVICE)
+        shown += daemon.ctl("key", "list", "--json") + daemon.ctl("status", "--json")
+        assert secret not in shown
+        daemon.systemctl("restart", SERVICE)
+        assert curl(daemon, "-H", f"x-api-key: {secret}", url)[0] == 200
+    finally:
+        daemon.ctl("key", "revoke", "laptop")
+    assert curl(daemon, url)[0] == 200
+
+
+def test_faulty_keys_file_lets_nobody_in(daemon: Daemon) -> None:
+    """Rather than everybody; the daemon says why, and goes on."""
+    daemon.host.write("/etc/llmstudio/keys", "[{]")
+    try:
+        daemon.listen()
+        assert curl(daemon, "http://127.0.0.1:8080/v1/models")[0] == 401
+        assert curl(daemon, "http://127.0.0.1:8080/health")[0] == 200
+        assert "the keys file is not valid JSON" in daemon.host.journal(SERVICE)
+    finally:
+        daemon.host.run("rm", "/etc/llmstudio/keys")
+
+
+def test_group_of_administrators_administers(daemon: Daemon) -> None:
+    """Without being root; other users may not, unless the status is open, and then they may only look."""
+    host = daemon.host
+    host.run("sh", "-c", "id bob 2>/dev/null || useradd bob; id eve 2>/dev/null || useradd eve")
+    host.run("usermod", "-aG", "llmstudio-admin", "bob")
+    daemon.listen()
+
+    def ctl_as(user: str, *words: str) -> tuple[int, str]:
+        done = host.run(
+            "setpriv", "--reuid", user, "--regid", user, "--init-groups", "llmstudioctl", *words, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    assert ctl_as("bob", "load", "tiny")[0] == 0
+    code, output = ctl_as("eve", "status")
+    assert (code, "llmstudio-admin" in output) == (5, True)
+    daemon.use_settings(open_status=True)
+    daemon.systemctl("reload", SERVICE)
+    assert ctl_as("eve", "list")[0] == 0
+    assert ctl_as("eve", "unload", "tiny")[0] == 5
+    assert daemon.status("tiny")["state"] == "ready"
+
+
+def test_listener_for_others_needs_a_key(daemon: Daemon) -> None:
+    """A drop-in opens the port to a bridge; without keys everybody there is answered 403."""
+    host = daemon.host
+    host.run("sh", "-c", "ip link add br0 type bridge && ip addr add 172.31.0.1/24 dev br0 && ip link set br0 up")
+    listen = "[Socket]\nListenStream=\nListenStream=127.0.0.1:8080\nListenStream=172.31.0.1:8080\n"
+    host.write("/etc/systemd/system/llmstudiod.socket.d/listen.conf", listen)
+    daemon.systemctl("daemon-reload")
+    try:
+        daemon.listen()
+        url = "http://172.31.0.1:8080/v1/models"
+        status, body = curl(daemon, url)
+        assert (status, "llmstudioctl key add" in body) == (403, True)
+        assert curl(daemon, "http://127.0.0.1:8080/v1/models")[0] == 200
+        secret = host.run("llmstudioctl", "key", "add", "lan").stdout.strip()
+        assert curl(daemon, "-H", f"Authorization: Bearer {secret}", url)[0] == 200
+    finally:
+        daemon.ctl("key", "revoke", "lan", check=False)
+        daemon.systemctl("stop", "llmstudiod.socket", SERVICE)
+        host.run("rm", "-r", "/etc/systemd/system/llmstudiod.socket.d")
+        host.run("ip", "link", "del", "br0")
+        daemon.systemctl("daemon-reload")
