@@ -43,6 +43,7 @@ from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.supervisor import Supervisor
 
 LAST_MOMENT_S = 1.0
+SETTLE_S = 0.05
 
 logger = logging.getLogger("llmstudiod")
 
@@ -219,8 +220,7 @@ class Application:
 
     async def stop(self) -> None:
         """Take no new connections and let what is in flight end; stop the models where they cannot outlive us."""
-        for server in self._servers:
-            server.close()
+        await self._stop_accepting()
         if self.launcher.outlives_us:
             within_s = self.loaded.settings.drain_timeout
             if self._endpoint is not None:
@@ -228,6 +228,20 @@ class Application:
             await self.supervisor.leave(within_s=LAST_MOMENT_S)
         else:
             await self.supervisor.shut_down()
+
+    async def _stop_accepting(self) -> None:
+        """Leave new connections to the next daemon: they wait in the sockets, which are systemd's.
+
+        A server that is closed drops what it has just accepted (asyncio's `Server._attach` insists on being open), so
+        it stops listening first, and is closed when its last connections are made.
+        """
+        loop = asyncio.get_running_loop()
+        for server in self._servers:
+            for sock in server.sockets:
+                loop.remove_reader(sock.fileno())
+        await asyncio.sleep(SETTLE_S)
+        for server in self._servers:
+            server.close()
 
     def status_line(self) -> str:
         """Return one line for ``systemctl status``."""

@@ -237,7 +237,6 @@ class Load:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="that the daemon adopts running models is being written beside this test", strict=False)
 def test_upgrade_and_downgrade_under_load_lose_nothing(packaged: Daemon, newer_package: Path) -> None:
     """Hundreds of requests in a loop are all answered, and the model's process stays the same."""
     packaged.chat()
