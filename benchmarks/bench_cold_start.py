@@ -4,6 +4,9 @@ Both begin with nothing and end with a whole chat answer. Interleaved rounds, me
 
     python benchmarks/bench_cold_start.py [--rounds 7]            here: plain processes, whatever server is found
     python benchmarks/bench_cold_start.py --booted [--rounds 7]   in a booted Debian host: units, Debian's llama-server
+
+In the host the project is installed as its package does it, and llmstudio-launcher starts the units; it leaves after a
+minute without work, so both are measured: asleep, and awake.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve()
 CHAT = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "model": "bench"})
@@ -39,47 +42,63 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--booted", action="store_true", help="measure in a booted Debian host (needs root)")
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--installed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.booted:
         return _in_a_host(arguments.rounds)
-    # Below /var/tmp: a unit has a /tmp of its own.
-    home = Path(tempfile.mkdtemp(prefix="cold-", dir="/var/tmp"))
-    home.chmod(0o755)
+    home = Path(tempfile.mkdtemp(prefix="cold-"))
     try:
-        model = home / "bench.gguf"
-        if arguments.model:
-            shutil.copy(arguments.model, model)
-        else:
-            from llmstudiod.demo.tiny_gguf import write_tiny_gguf
+        if arguments.installed:
+            return _measure(Site(8080, Path("/run/llmstudio/admin.sock"), home), arguments.rounds)
+        from llmstudiod.demo.tiny_gguf import write_tiny_gguf
 
-            write_tiny_gguf(model)
-        model.chmod(0o644)
-        return _measure(home, arguments.rounds)
+        write_tiny_gguf(home / "bench.gguf")
+        site = Site(_free_port(), home / "admin.sock", home)
+        config = home / "llmstudiod.yaml"
+        config.write_text(SETTINGS.format(home=home, port=site.port))
+        with _daemon(config, home):
+            return _measure(site, arguments.rounds)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _measure(home: Path, rounds: int) -> int:
-    port = _free_port()
-    config = home / "llmstudiod.yaml"
-    config.write_text(SETTINGS.format(home=home, port=port))
-    by_hand, through = [], []
-    with _daemon(config, home):
-        _ask(_tcp(port))  # the first start also asks the binary what it can do
-        plan = _admin(home, "GET", "/explain/bench")
-        for number in range(rounds):
-            by_hand.append(_by_hand(plan, home))
-            _admin(home, "POST", "/evict/bench")
-            began = time.perf_counter()
-            _ask(_tcp(port))
-            through.append(time.perf_counter() - began)
-            print(f"round {number + 1}: by hand {by_hand[-1] * 1e3:6.0f} ms, llmstudiod {through[-1] * 1e3:6.0f} ms")
-        print(f"\n{plan['launcher']} launcher, llama-server {plan['llama_server']['version']}, medians of {rounds}")
-    hand_ms, through_ms = statistics.median(by_hand) * 1e3, statistics.median(through) * 1e3
-    print(f"  by hand     {hand_ms:6.0f} ms")
-    print(f"  llmstudiod  {through_ms:6.0f} ms   {through_ms - hand_ms:+.0f} ms")
+class Site(NamedTuple):
+    """A daemon that runs, and a directory to work in."""
+
+    port: int
+    admin: Path
+    home: Path
+
+
+def _measure(site: Site, rounds: int) -> int:
+    _ask(_tcp(site.port))  # the first start also asks the binary what it can do
+    plan = _admin(site, "GET", "/explain/bench")
+    ways = ["awake", "asleep"] if plan["launcher"] == "systemd" else [""]
+    times: dict[str, list[float]] = {name: [] for name in ("by hand", *ways)}
+    for number in range(rounds):
+        times["by hand"].append(_by_hand(plan, site.home))
+        for way in ways:
+            times[way].append(_through(site, is_asleep=way == "asleep"))
+        told = ", ".join(f"{name or 'llmstudiod'} {values[-1] * 1e3:.0f} ms" for name, values in times.items())
+        print(f"round {number + 1}: {told}")
+    print(f"\n{plan['launcher']} launcher, llama-server {plan['llama_server']['version']}, medians of {rounds}")
+    hand_ms = statistics.median(times.pop("by hand")) * 1e3
+    print(f"  by hand                        {hand_ms:6.0f} ms")
+    for way, values in times.items():
+        through_ms = statistics.median(values) * 1e3
+        name = f"llmstudiod{', launcher ' + way if way else ''}"
+        print(f"  {name:<30} {through_ms:6.0f} ms   {through_ms - hand_ms:+.0f} ms")
     return 0
+
+
+def _through(site: Site, *, is_asleep: bool) -> float:
+    """Return the seconds from a request for a cold model to its answer."""
+    _admin(site, "POST", "/evict/bench")
+    if is_asleep:
+        subprocess.run(["systemctl", "stop", "llmstudio-launcher.service"], check=True)
+    began = time.perf_counter()
+    _ask(_tcp(site.port))
+    return time.perf_counter() - began
 
 
 def _by_hand(plan: dict[str, Any], home: Path) -> float:
@@ -130,8 +149,8 @@ def _unix(path: str) -> http.client.HTTPConnection:
     return connection
 
 
-def _admin(home: Path, method: str, path: str) -> dict[str, Any]:
-    with contextlib.closing(_unix(str(home / "admin.sock"))) as connection:
+def _admin(site: Site, method: str, path: str) -> dict[str, Any]:
+    with contextlib.closing(_unix(str(site.admin))) as connection:
         connection.request(method, path)
         answer: dict[str, Any] = json.loads(connection.getresponse().read())
         return answer
@@ -168,9 +187,10 @@ def _in_a_host(rounds: int) -> int:
         model = Path(directory, "bench.gguf")
         write_tiny_gguf(model)
         install(host)
-        host.put(model, "/var/lib/bench.gguf")
+        host.put(model, "/var/lib/llmstudio/models/bench.gguf")
         host.put(HERE, "/root/bench.py")
-        argv = ("python3", "/root/bench.py", "--rounds", str(rounds), "--model", "/var/lib/bench.gguf")
+        host.run("systemctl", "start", "llmstudiod.service")
+        argv = ("python3", "/root/bench.py", "--rounds", str(rounds), "--installed")
         print(host.run(*argv, timeout=300).stdout)
     return 0
 

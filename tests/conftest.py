@@ -2,7 +2,12 @@
 
 from collections import Counter
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile(
+    "fuzz", max_examples=100_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

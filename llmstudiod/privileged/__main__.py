@@ -3,6 +3,7 @@
 systemd starts it with its listening socket, which only the daemon's user may open; who connects is asked again here.
 """
 
+import contextlib
 import json
 import os
 import pwd
@@ -22,7 +23,6 @@ from llmstudiod.privileged.store import Store
 from llmstudiod.privileged.units import Units
 
 IDLE_S = 60.0
-READ_TIMEOUT_S = 10.0
 MAX_AT_ONCE = 64
 FIRST_FD = 3  # sd_listen_fds(3)
 
@@ -45,7 +45,7 @@ def serve(listener: socket.socket, units: Units, *, uids: frozenset[int], idle_s
 
 def _serve_one(connection: socket.socket, units: Units, uids: frozenset[int]) -> None:
     with connection:
-        connection.settimeout(READ_TIMEOUT_S)
+        connection.settimeout(10.0)
         try:
             answer = _answer(connection, units, uids)
         except LlmstudioError as error:
@@ -56,10 +56,8 @@ def _serve_one(connection: socket.socket, units: Units, uids: frozenset[int]) ->
 
             _log(f"internal error: {''.join(traceback.format_exception(error))}")
             answer = _error(LauncherError(f"llmstudio-launcher failed: {error}"))
-        try:
+        with contextlib.suppress(OSError):  # the answer may not be wanted any more
             connection.sendall(json.dumps(answer).encode() + b"\n")
-        except OSError as error:
-            _log(f"the answer was not wanted any more: {error}")
 
 
 def _answer(connection: socket.socket, units: Units, uids: frozenset[int]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from llmstudiod.core.errors import AccessDeniedError
+from llmstudiod.core.errors import AccessDeniedError, ConfigError
 from llmstudiod.core.recipe import MAX_FILE_BYTES
 
 _HINT = "chown root, and chmod go-w: the file and every directory above it"
@@ -55,6 +55,8 @@ def _directory_of(path: str, owner: int) -> Iterator[tuple[int, str]]:
             descriptor = inner
             _check(os.fstat(descriptor), path, owner)
         yield descriptor, name
+    except OSError as error:
+        raise ConfigError(f"'{path}': {error.strerror}") from error
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,1 @@
+"""Fuzzing of what root reads; see README.md."""
