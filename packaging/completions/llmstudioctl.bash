@@ -1,11 +1,15 @@
 # bash completion for llmstudioctl(1). tests/unit/test_completions.py holds it against the program's own parser.
 
-# Prints the ids of the models. Nothing is asked where there is no socket, and nobody waits for more than two seconds.
+# Prints the ids of the models, or the names of the keys: what is asked is the second argument. Nothing is asked where there is no socket, and nobody waits for more than two seconds.
 # The daemon's sockets are systemd's, so asking starts a daemon that does not run; it starts no model.
-_llmstudioctl_models() {
+_llmstudioctl_names() {
     local socket=${1:-${LLMSTUDIO_ADMIN_SOCKET:-/run/llmstudio/admin.sock}}
     [[ -S $socket ]] || return 0
-    timeout 2 llmstudioctl --socket "$socket" list --json 2>/dev/null | sed -n 's/^    "id": "\([^"]*\)",\{0,1\}$/\1/p'
+    local -a question=(list --json)
+    local field=id
+    [[ ${2-} == keys ]] && question=(key list --json) field=name
+    timeout 2 llmstudioctl --socket "$socket" "${question[@]}" 2>/dev/null |
+        sed -n "s/^    \"$field\": \"\([^\"]*\)\",\{0,1\}\$/\\1/p"
 }
 
 _llmstudioctl() {
@@ -23,8 +27,15 @@ _llmstudioctl() {
             -?*:*) wants="" ;;
             :--socket) wants=--socket ;;
             :--lines | :-n) [[ $command == logs ]] && wants=--lines ;;
+            :--models | :--expires) [[ $command == "key add" ]] && wants=$word ;;
             :-*) ;;
-            *) if [[ -z $command ]]; then command=$word; else ((operands++)); fi ;;
+            *)
+                case $command in
+                    "") command=$word ;;
+                    key) command="key $word" ;;
+                    *) ((operands++)) ;;
+                esac
+                ;;
         esac
     done
     [[ $cur == = ]] && cur=""
@@ -35,7 +46,12 @@ _llmstudioctl() {
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")
             return
             ;;
-        --lines) return ;;
+        --models) # names with commas between them: the last one is completed
+            [[ $cur == *,* ]] && word=${cur%,*}, || word=""
+            mapfile -t COMPREPLY < <(compgen -P "$word" -W "$(_llmstudioctl_names "$socket")" -- "${cur##*,}")
+            return
+            ;;
+        --lines | --expires) return ;;
     esac
 
     case $command in
@@ -43,11 +59,13 @@ _llmstudioctl() {
             if [[ $cur == -* ]]; then
                 mapfile -t COMPREPLY < <(compgen -W "$common" -- "$cur")
             else
-                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain version" -- "$cur")
+                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain key schema version" -- "$cur")
             fi
             return
             ;;
-        list | status | check | explain | version) options=$common ;;
+        list | status | check | explain | schema | version) options=$common ;;
+        key | "key list" | "key revoke") options=$common ;;
+        "key add") options="--admin --metrics --models --expires $common" ;;
         load) options="--no-wait $common" ;;
         unload) options="--all --force $common" ;;
         logs) options="--follow --lines -f -n $common" ;;
@@ -60,7 +78,11 @@ _llmstudioctl() {
     fi
     case $command in
         status | load | unload | logs | explain)
-            ((operands == 0)) && mapfile -t COMPREPLY < <(compgen -W "$(_llmstudioctl_models "$socket")" -- "$cur")
+            ((operands == 0)) && mapfile -t COMPREPLY < <(compgen -W "$(_llmstudioctl_names "$socket")" -- "$cur")
+            ;;
+        key) mapfile -t COMPREPLY < <(compgen -W "add list revoke" -- "$cur") ;;
+        "key revoke")
+            ((operands == 0)) && mapfile -t COMPREPLY < <(compgen -W "$(_llmstudioctl_names "$socket" keys)" -- "$cur")
             ;;
         check)
             compopt -o filenames 2>/dev/null

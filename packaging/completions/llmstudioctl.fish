@@ -24,9 +24,28 @@ function __llmstudioctl_command
     test (count $argv) -eq 0
 end
 
-# Prints the ids of the models. Nothing is asked where there is no socket, and nobody waits for more than two seconds.
+# Succeeds when the command of `key` is one of those that are given, or when there is none yet and none is given.
+function __llmstudioctl_key
+    __llmstudioctl_command key
+    or return
+    set -l words (commandline -opc)
+    set -l index (contains -i -- --socket $words)
+    and set -e words[$index..(math $index + 1)]
+    set -e words[1..(contains -i -- key $words)]
+    for word in $words
+        string match -q -- '-*' $word
+        and continue
+        contains -- $word $argv
+        return
+    end
+    test (count $argv) -eq 0
+end
+
+# Prints what llmstudioctl lists, one a line: the field that is given first, of what the command that follows prints.
+# Nothing is asked where there is no socket, and nobody waits for more than two seconds.
 # The daemon's sockets are systemd's, so asking starts a daemon that does not run; it starts no model.
-function __llmstudioctl_models
+function __llmstudioctl_names
+    set -l field $argv[1]
     set -l socket /run/llmstudio/admin.sock
     set -q LLMSTUDIO_ADMIN_SOCKET
     and set socket $LLMSTUDIO_ADMIN_SOCKET
@@ -35,7 +54,8 @@ function __llmstudioctl_models
     and set socket $given
     test -S "$socket"
     or return 0
-    timeout 2 llmstudioctl --socket $socket list --json 2>/dev/null | string replace -rf '^    "id": "([^"]*)",?$' '$1'
+    timeout 2 llmstudioctl --socket $socket $argv[2..-1] --json 2>/dev/null |
+        string replace -rf "^    \"$field\": \"([^\"]*)\",?\$" '$1'
 end
 
 complete -c llmstudioctl -f
@@ -50,12 +70,22 @@ complete -c llmstudioctl -n __llmstudioctl_command -a unload -d 'unload a model 
 complete -c llmstudioctl -n __llmstudioctl_command -a logs -d "show a model's log"
 complete -c llmstudioctl -n __llmstudioctl_command -a check -d 'check recipe files, or everything that the daemon has loaded'
 complete -c llmstudioctl -n __llmstudioctl_command -a explain -d 'show how a model would be started, and why so'
+complete -c llmstudioctl -n __llmstudioctl_command -a key -d "make, list or revoke the endpoint's API keys"
+complete -c llmstudioctl -n __llmstudioctl_command -a schema -d 'print the JSON schema of recipes, for editors'
 complete -c llmstudioctl -n __llmstudioctl_command -a version -d 'show the versions of this program, the daemon and llama-server'
 
-complete -c llmstudioctl -n '__llmstudioctl_command status load unload logs explain' -a '(__llmstudioctl_models)' -d model
+complete -c llmstudioctl -n '__llmstudioctl_command status load unload logs explain' -a '(__llmstudioctl_names id list)' -d model
 complete -c llmstudioctl -n '__llmstudioctl_command check' -F
 complete -c llmstudioctl -n '__llmstudioctl_command load' -l no-wait -d 'return at once'
 complete -c llmstudioctl -n '__llmstudioctl_command unload' -l all -d 'unload every model'
 complete -c llmstudioctl -n '__llmstudioctl_command unload' -l force -d 'do not wait for requests in flight'
 complete -c llmstudioctl -n '__llmstudioctl_command logs' -s f -l follow -d 'go on with new lines'
 complete -c llmstudioctl -n '__llmstudioctl_command logs' -s n -l lines -x -d 'how many lines'
+complete -c llmstudioctl -n __llmstudioctl_key -a add -d 'make a key and print it, once'
+complete -c llmstudioctl -n __llmstudioctl_key -a list -d 'list the keys, without their secrets'
+complete -c llmstudioctl -n __llmstudioctl_key -a revoke -d 'take a key away'
+complete -c llmstudioctl -n '__llmstudioctl_key add' -l admin -d 'it may administer'
+complete -c llmstudioctl -n '__llmstudioctl_key add' -l metrics -d 'it may read the metrics'
+complete -c llmstudioctl -n '__llmstudioctl_key add' -l models -x -a '(__llmstudioctl_names id list)' -d 'it may use these models alone'
+complete -c llmstudioctl -n '__llmstudioctl_key add' -l expires -x -d 'how long it is valid, such as 30d'
+complete -c llmstudioctl -n '__llmstudioctl_key revoke' -a '(__llmstudioctl_names name key list)' -d key

@@ -23,12 +23,13 @@ MODELS = [
     {"id": "qwen3-32b", "name": "Qwen3 32B", "state": "ready"},
     {"id": "tiny.q4_k_m", "name": "id", "state": "stopped"},
 ]
+KEYS = [{"name": "laptop", "admin": False, "models": ["id"]}, {"name": "ci", "admin": False, "models": None}]
 # Whoever asks is noted, so that a test can see that nobody was.
 STUB = """#!/bin/sh
 echo "$*" >> "$0.asked"
 [ -e "$0.hang" ] && exec sleep 60
 [ -e "$0.fail" ] && { echo 'llmstudioctl: cannot reach the daemon' >&2; exit 8; }
-cat "$0.json"
+case " $* " in *" key "*) cat "$0.keys" ;; *) cat "$0.json" ;; esac
 """
 
 
@@ -54,12 +55,13 @@ COMMANDS = commands(PARSER)
 
 @pytest.fixture
 def stub(tmp_path: Path) -> Path:
-    """A directory with an llmstudioctl that lists two models, and a socket that it is asked about."""
+    """An llmstudioctl that lists two models and two keys."""
     program = tmp_path / "bin" / "llmstudioctl"
     program.parent.mkdir()
     program.write_text(STUB)
     program.chmod(0o755)
     Path(f"{program}.json").write_text(json.dumps(MODELS, indent=2) + "\n")
+    Path(f"{program}.keys").write_text(json.dumps(KEYS, indent=2) + "\n")
     return program
 
 
@@ -134,10 +136,10 @@ def test_bash_offers_the_commands_and_no_others(stub: Path, admin_socket: Path) 
     assert asked(stub) == []
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if " " not in name])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_bash_offers_the_options_and_no_others(name: str, stub: Path, admin_socket: Path) -> None:
     """Each command has its own options, and those that every command has."""
-    assert {*in_bash([name, "-"], stub, admin_socket), "-h"} == options(COMMANDS[name])
+    assert {*in_bash([*name.split(), "-"], stub, admin_socket), "-h"} == options(COMMANDS[name])
     assert {*in_bash(["-"], stub, admin_socket), "-h"} == options(PARSER)
 
 
@@ -153,9 +155,10 @@ def test_zsh_and_fish_list_the_commands_and_no_others(text: Path, pattern: str) 
     """Their lists are those of the parser, in its order, with its words."""
     found = re.findall(pattern, text.read_text(), re.MULTILINE)
     assert found == [name for name in COMMANDS if " " not in name]
-    helped = next(action for action in PARSER._actions if isinstance(action, argparse._SubParsersAction))
-    for choice in helped._choices_actions:
-        assert str(choice.help) in text.read_text()
+    for parser in (PARSER, COMMANDS["key"]):
+        helped = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        for choice in helped._choices_actions:
+            assert str(choice.help) in text.read_text()
 
 
 # Models and files, in a real bash
@@ -179,6 +182,21 @@ def test_bash_asks_at_the_socket_that_is_named(stub: Path, admin_socket: Path) -
     ):
         assert in_bash(words, stub, "/nowhere") == ["qwen3-32b", "tiny.q4_k_m"], words
     assert in_bash(["load", "--socket", "/nowhere", ""], stub, admin_socket) == []
+
+
+def test_bash_completes_keys(stub: Path, admin_socket: Path) -> None:
+    """The commands of `key`, the names of keys, and models where a key is made for some."""
+    assert in_bash(["key", ""], stub, admin_socket) == sorted(name.split()[1] for name in COMMANDS if " " in name)
+    assert in_bash(["key", "--json", "re"], stub, admin_socket) == ["revoke"]
+    assert asked(stub) == []
+    assert in_bash(["key", "revoke", ""], stub, admin_socket) == ["ci", "laptop"]
+    assert in_bash(["key", "revoke", "ci", ""], stub, admin_socket) == []
+    assert asked(stub) == [f"--socket {admin_socket} key list --json"]
+    assert in_bash(["key", "add", ""], stub, admin_socket) == []
+    assert in_bash(["key", "add", "--models", "t"], stub, admin_socket) == ["tiny.q4_k_m"]
+    assert in_bash(["key", "add", "--models", "=", "x,q"], stub, admin_socket) == ["x,qwen3-32b"]
+    assert in_bash(["key", "add", "--expires", ""], stub, admin_socket) == []
+    assert in_bash(["key", "list", ""], stub, admin_socket) == []
 
 
 def test_bash_completes_files(stub: Path, admin_socket: Path) -> None:
@@ -210,10 +228,11 @@ def test_bash_does_not_wait_for_a_daemon_that_hangs(stub: Path, admin_socket: Pa
 
 def test_list_is_printed_as_the_completions_read_it(capsys: pytest.CaptureFixture[str]) -> None:
     """They read the ids with sed, a key a line: what prints them must go on doing so."""
-    _ = ctl._print_json(MODELS)
-    printed = capsys.readouterr().out
-    ids = re.findall(r'^    "id": "([^"]*)",?$', printed, re.MULTILINE)
-    assert ids == [str(model["id"]) for model in MODELS]
+    for field, listed in (("id", MODELS), ("name", KEYS)):
+        _ = ctl._print_json(listed)
+        printed = capsys.readouterr().out
+        found = re.findall(rf'^    "{field}": "([^"]*)",?$', printed, re.MULTILINE)
+        assert found == [str(item[field]) for item in listed]
 
 
 # The other shells, where they are installed
@@ -234,6 +253,12 @@ def test_zsh_can_read_its_file() -> None:
         ("logs -n 5 q", ["qwen3-32b"]),
         ("unload --f", ["--force"]),
         ("list ", []),
+        ("key ", [name.split()[1] for name in COMMANDS if " " in name]),
+        ("key --json re", ["revoke"]),
+        ("key revoke ", ["ci", "laptop"]),
+        ("key add --models ", ["qwen3-32b", "tiny.q4_k_m"]),
+        ("key add --ex", ["--expires"]),
+        ("key list ", []),
         ("load --socket nowhere ", []),
         ("load --socket=nowhere ", []),
     ],

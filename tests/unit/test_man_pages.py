@@ -219,13 +219,14 @@ def test_examples_of_recipes_are_good() -> None:
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of the commands."""
-    return {
-        name: inner
-        for action in parser._actions
-        if isinstance(action, argparse._SubParsersAction)
-        for name, inner in action.choices.items()
-    }
+    """Return the parsers of the commands; in place of one that has commands of its own those, by both words."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                below = {f"{name} {word}": each for word, each in commands(inner).items()}
+                found |= below or {name: inner}
+    return found
 
 
 PARSER = ctl._parser()
@@ -239,7 +240,7 @@ def spelled(option: str) -> str:
 
 def command_parts() -> dict[str, str]:
     """Return what the page says of each command, its options included."""
-    parts = re.split(r"^\.It Cm (\w+)", sections(CTL)["COMMANDS"], flags=re.MULTILINE)
+    parts = re.split(r"^\.It Cm ([a-z]+(?: [a-z]+)?)", sections(CTL)["COMMANDS"], flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -267,11 +268,12 @@ def test_options_of_all_commands_are_told() -> None:
 
 
 def test_operands_are_told() -> None:
-    """A command that takes a model or files says so, and no other does."""
+    """A command that takes a model, a name or files says so, and no other does."""
     for name, parser in COMMANDS.items():
         operands = {action.dest for action in parser._actions if not action.option_strings}
         head = command_parts()[name].partition("\n")[0]
-        assert ("Ar model" in head, head.endswith("Op Ar")) == ("model" in operands, "file" in operands), name
+        told = ("Ar model" in head, head.endswith("Ar name"), head.endswith("Op Ar"))
+        assert told == ("model" in operands, "name" in operands, "file" in operands), name
 
 
 def kinds() -> dict[str, type[LlmstudioError]]:
