@@ -14,15 +14,13 @@ from pathlib import Path
 from llmstudiod.adapters.gguf_file import (
     SHARD_NAME,
     BadModelFileError,
-    GgufHeader,
     ModelFileNotFoundError,
-    TensorInfo,
     bad_model,
-    is_auxiliary,
     opened,
     os_fault,
     read_header,
 )
+from llmstudiod.core.gguf import GgufHeader, TensorInfo, is_auxiliary
 
 MAX_SEARCH_DEPTH = 4  # hub/models--ORG--NAME/snapshots/REVISION/QUANTISATION
 MAX_SEARCH_ENTRIES = 50_000

@@ -13,18 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmstudiod.adapters.gguf_file import (
-    GGML_TYPES,
     MAX_KEYS,
     MAX_TENSORS,
-    ArraySummary,
     BadModelFileError,
-    GgufHeader,
     HeaderCache,
     ModelFileNotFoundError,
     ModelFilePermissionError,
-    is_auxiliary,
     read_header,
 )
+from llmstudiod.core.gguf import GGML_TYPES, ArraySummary, GgufHeader, is_auxiliary
 from tests.gguf_files import Edit, add_values, packed, packed_key, packed_string, packed_tensor, write_model
 
 
@@ -410,7 +407,7 @@ def test_cache_reads_a_file_once_until_it_changes(model: Path) -> None:
     assert cache.read(model) is first
     link = model.with_name("link.gguf")
     link.symlink_to(model)
-    assert cache.read(link).path == link
+    assert cache.read(link).path == str(link)
     assert cache.read(link).metadata is first.metadata
     os.utime(model, ns=(1, 1))
     assert cache.read(model) is not first

@@ -23,7 +23,7 @@ def test_single_file_resolves_to_itself(model: Path) -> None:
     """A model in one file has one shard; the suffix does not matter."""
     path = model.rename(model.with_name("blob"))
     found = resolve_model(path)
-    assert (found.path, found.shards, found.header.path) == (path, (path,), path)
+    assert (found.path, found.shards, found.header.path) == (path, (path,), str(path))
     assert found.total_bytes == path.stat().st_size
     assert (found.tensors, found.weights_bytes) == (found.header.tensors, found.header.weights_bytes)
 
