@@ -212,7 +212,7 @@ MAMBA = {
 
 ZOO: Mapping[str, Model] = {
     "llama-gqa": Model(layers=16, ctx_train=32768),
-    "llama-8b": Model(layers=32, embd=4096, ff=14336, heads=32, kv_heads=8, head=128, vocab=32000, ctx_train=131072),
+    "llama-wide": Model(layers=2, embd=4096, ff=14336, heads=32, kv_heads=8, head=128, vocab=32000, ctx_train=131072),
     "qwen3": Model("qwen3", layers=8, heads=16, kv_heads=8, head=128, ctx_train=40960),
     "gemma2": Model("gemma2", layers=6, kv_heads=8, head=128, tied=True, keys={".attention.sliding_window": 4096}),
     "gemma3": Model(
@@ -225,7 +225,7 @@ ZOO: Mapping[str, Model] = {
     ),
     "mixtral": Model(layers=8, experts=8, experts_used=2, ff=3584),
     "qwen3moe": Model(
-        "qwen3moe", layers=8, kv_heads=4, head=128, experts=32, experts_used=8, expert_ff=768, ctx_train=40960
+        "qwen3moe", layers=8, kv_heads=4, head=128, experts=16, experts_used=8, expert_ff=768, ctx_train=40960
     ),
     "gpt-oss": Model(
         "gpt-oss", layers=8, kv_heads=8, experts=8, experts_used=4, expert_ff=1024, ctx_train=131072,

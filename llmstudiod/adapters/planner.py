@@ -4,20 +4,24 @@ Everything is checked before anything is started or evicted, so that a broken re
 """
 
 import asyncio
+import contextlib
 import itertools
 import shlex
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmstudiod.adapters.gguf_file import HeaderCache, opened
 from llmstudiod.adapters.model_files import resolve_model
 from llmstudiod.adapters.program import Program
-from llmstudiod.core.command import Command, ModelFiles, ServerBinary
+from llmstudiod.core.command import Command, ModelFiles, ServerBinary, cache_ram_mib
 from llmstudiod.core.errors import LlmstudioError, LoadFailedError
 from llmstudiod.core.launch import LaunchRequest, launch_request
-from llmstudiod.core.recipe import RecipeEntry
+from llmstudiod.core.memory import GPU_PROCESS_BYTES, Estimate
+from llmstudiod.core.model_shape import ModelShape, model_shape
+from llmstudiod.core.needs import memory_limit, on_the_host, run_of
+from llmstudiod.core.recipe import Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.launchers.base import Launcher
 
@@ -30,12 +34,24 @@ _FAILURES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will be started for a recipe, and what was decided on the way."""
+    """What will be started for a recipe, what was decided on the way, and what it needs in memory, if that is known."""
 
     request: LaunchRequest
     command: Command
     binary: ServerBinary
     alias: str
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The files of a recipe, and what their headers say of their sizes."""
+
+    files: ModelFiles
+    shape: ModelShape | None
+    file_bytes: int
+    draft: ModelShape | None
+    mmproj_bytes: int
 
 
 class Planner:
@@ -69,19 +85,20 @@ class Planner:
         """
         recipe = entry.recipe
         self._program.wake()
-        files = await asyncio.to_thread(self._find_files, entry)
+        found = await asyncio.to_thread(self._find_files, entry)
         binary = await self.binary()
         socket_path = self._launcher.socket_path(recipe.id)
         is_sandboxed = self._launcher.is_sandboxed
         try:
             request, command = launch_request(
-                recipe, files, binary, recipe_file=entry.file, socket_path=socket_path, is_sandboxed=is_sandboxed
+                recipe, found.files, binary, recipe_file=entry.file, socket_path=socket_path, is_sandboxed=is_sandboxed
             )
         except LoadFailedError as error:
             hint = f"{error.hint or 'see the recipe'} ({_recipe_place(entry)})"
             raise LoadFailedError(error.message, hint=hint, details=error.details) from error
+        request, estimate = _with_limit(request, recipe, found, command, binary)
         await self._check(entry, request, binary)
-        return Plan(request, command, binary, recipe.alias)
+        return Plan(request, command, binary, recipe.alias, estimate)
 
     async def _check(self, entry: RecipeEntry, request: LaunchRequest, binary: ServerBinary) -> None:
         """Ask the binary's own parser, once for each command line."""
@@ -99,7 +116,7 @@ class Planner:
             )
         self._good[1].add(key)
 
-    def _find_files(self, entry: RecipeEntry) -> ModelFiles:
+    def _find_files(self, entry: RecipeEntry) -> _Found:
         """Find every file that the recipe names. Reads the disk; runs in a thread."""
         recipe = entry.recipe
         field = "model_path"
@@ -128,7 +145,18 @@ class Planner:
                 hint=f"{error.hint or 'see the recipe'}{place}",
                 details={"failure": failure},
             ) from error
-        return files
+        draft = None
+        if files.draft_model is not None:
+            with contextlib.suppress(LlmstudioError):  # llama-server tells what is wrong with it
+                header = self._headers.read(Path(files.draft_model))
+                draft = model_shape(header.metadata, header.tensors)
+        return _Found(
+            files,
+            shape=model_shape(model.header.metadata, model.tensors),
+            file_bytes=model.total_bytes,
+            draft=draft,
+            mmproj_bytes=_size(files.mmproj),
+        )
 
     def _file(self, path: str) -> str:
         """Return where a file is that only goes with the model; llama-server reads it, so only its kind is checked."""
@@ -149,6 +177,28 @@ class Planner:
                 details={"failure": "model_not_found"},
             )
         return found
+
+
+def _size(path: str | None) -> int:
+    if path is None:
+        return 0
+    with opened(Path(path)) as (_, status):
+        return status.st_size
+
+
+def _with_limit(
+    request: LaunchRequest, recipe: Recipe, found: _Found, command: Command, binary: ServerBinary
+) -> tuple[LaunchRequest, Estimate | None]:
+    """Return the request with a limit on host memory, where the recipe sets none and the need is known."""
+    if found.shape is None:
+        return request, None
+    run = run_of(recipe, command.context, cache_ram_mib=cache_ram_mib(recipe, binary.known_flags))
+    need = on_the_host(found.shape, run, draft=found.draft, mmproj_bytes=found.mmproj_bytes)
+    if "MemoryMax" in request.limits:
+        return request, need
+    gpu = GPU_PROCESS_BYTES * len(binary.devices)
+    limit = memory_limit(need, found.shape, run, file_bytes=found.file_bytes) + gpu
+    return replace(request, limits={"MemoryMax": str(limit), "MemorySwapMax": "0", **request.limits}), need
 
 
 def _recipe_place(entry: RecipeEntry) -> str:

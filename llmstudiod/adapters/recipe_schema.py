@@ -77,7 +77,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "sandbox": "Relaxations of the sandbox, each by its name.",
     "env_vars": "Environment variables of the model's server.",
     "extra_args": "Other flags of llama-server, without their dashes.",
-    "limits.memory_max": "MemoryMax=; MemorySwapMax=0 goes with it.",
+    "limits.memory_max": "MemoryMax=; MemorySwapMax=0 goes with it. By default a quarter more than the model can need.",
     "limits.cpu_weight": "CPUWeight=",
     "limits.io_weight": "IOWeight=",
     "limits.allowed_cpus": "AllowedCPUs=, such as 0-7,16.",

@@ -235,7 +235,7 @@ def _model_flags(recipe: Recipe, known: frozenset[str]) -> list[str]:
         ("--cache-type-v", recipe.cache_type_v),
         ("--threads", recipe.threads),
         ("--load-mode", recipe.load_mode),
-        ("--cache-ram", _cache_ram(recipe, known)),
+        ("--cache-ram", cache_ram_mib(recipe, known)),
         ("--pooling", recipe.pooling),
         ("--reasoning-format", recipe.reasoning_format),
         ("--chat-template", recipe.chat_template),
@@ -256,7 +256,7 @@ def _model_flags(recipe: Recipe, known: frozenset[str]) -> list[str]:
     return argv
 
 
-def _cache_ram(recipe: Recipe, known: frozenset[str]) -> int | None:
+def cache_ram_mib(recipe: Recipe, known: frozenset[str]) -> int | None:
     """Return MiB of host memory for the prompt cache; said even where it is llama-server's own default, 8 GiB.
 
     It grows for days and is in nobody's estimate, so it should stand where somebody looks.

@@ -7,7 +7,7 @@ and layers; the compute buffers were fitted to what llama.cpp 0.7.0 reserves.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from llmstudiod.core.model_shape import Layer, ModelShape
@@ -57,6 +57,7 @@ class Run:
     kv_offload: bool = True
     repack: bool = True
     cache_ram: int = 0
+    n_checkpoints: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,15 @@ class Estimate:
         """Return the KV cache and the recurrent states, wherever they lie."""
         return self.host.kv + sum(device.kv for device in self.devices)
 
+    def with_encoder(self, *, weights: int, compute: int) -> "Estimate":
+        """Return the same with an encoder for pictures or sound, which goes to the first device that is used."""
+        share = Share(weights=weights, compute=compute)
+        for index, device in enumerate(self.devices):
+            if device.layers:
+                devices = (*self.devices[:index], device + share, *self.devices[index + 1 :])
+                return replace(self, devices=devices)
+        return replace(self, host=self.host + share)
+
     def __add__(self, other: "Estimate") -> "Estimate":
         """Return what both need, as for a draft model beside the model itself."""
         count = max(len(self.devices), len(other.devices))
@@ -164,6 +174,19 @@ def layer_kv(layer: Layer, run: Run) -> int:
 def kv_bytes(shape: ModelShape, run: Run) -> int:
     """Return the bytes of the whole KV cache, recurrent states included."""
     return sum(layer_kv(layer, run) for layer in shape.layers)
+
+
+def checkpoint_bytes(shape: ModelShape, run: Run) -> int:
+    """Return the most that saved states take in host memory: a slot keeps some of what cannot be gone back to.
+
+    Source: llama-server's ``--ctx-checkpoints``, for sliding windows and recurrent layers.
+    """
+    each = 0
+    for layer in shape.layers:
+        if layer.window and not run.swa_full:
+            each += layer.window * (row_bytes(layer.k_row, run.type_k) + row_bytes(layer.v_row, run.type_v))
+        each += 4 * layer.state
+    return run.n_checkpoints * run.n_seq * each
 
 
 def compute_bytes(shape: ModelShape, run: Run) -> int:

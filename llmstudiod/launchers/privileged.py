@@ -147,6 +147,7 @@ def launch(verb: Verb, request: LaunchRequest) -> Launch:
         file=request.recipe_file,
         model=posixpath.normpath(request.model_path),
         n_ctx_train=request.n_ctx_train,
+        memory_max=int(request.limits.get("MemoryMax", 0)),
     )
 
 

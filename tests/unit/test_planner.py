@@ -11,10 +11,12 @@ from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.program import LocalProgram
 from llmstudiod.core.errors import BinaryError, LoadFailedError
 from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.launcher_protocol import Verb
 from llmstudiod.core.recipe import Limits, LoraAdapter, Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.demo.tiny_gguf import Fault, TinyModel, write_tiny_gguf
 from llmstudiod.launchers.base import Exit, FoundUnit, Unit
+from llmstudiod.launchers.privileged import launch
 from tests.gguf_files import write_shards
 from tests.unit.fake_server import GOOD, calls, write_program
 
@@ -129,6 +131,22 @@ async def test_plan_has_everything_that_is_started(planner: Planner, program: Pa
     assert plan.request.limits == {"MemoryMax": str(1 << 30), "Nice": "5", "MemorySwapMax": "0"}
     assert plan.command.context.n_ctx == 2048
     assert (plan.request.model_path, plan.request.n_ctx_train) == (path, 2048)
+
+
+async def test_memory_is_limited_where_the_recipe_does_not(planner: Planner, models: Path) -> None:
+    """By what the model needs; the launcher is told the number, and has the last word where the recipe sets one."""
+    path = models / "tiny.gguf"
+    plan = await planner.plan(entry(path))
+    assert plan.estimate is not None
+    limit = int(plan.request.limits["MemoryMax"])
+    least = path.stat().st_size + plan.estimate.kv + plan.estimate.prompt_cache
+    assert least < limit < 2 * (least + (1 << 30))
+    assert plan.request.limits["MemorySwapMax"] == "0"
+    assert launch(Verb.START, plan.request).memory_max == limit
+    small = await planner.plan(entry(path, max_model_len=256, max_num_seqs=1, cache_ram=0))
+    assert int(small.request.limits["MemoryMax"]) < limit
+    beside = await planner.plan(entry(path, max_model_len=256, max_num_seqs=1, cache_ram=0, draft_model=str(path)))
+    assert int(beside.request.limits["MemoryMax"]) > int(small.request.limits["MemoryMax"])
 
 
 async def test_relative_path_is_looked_up_in_the_model_directories(program: Path, models: Path, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""From a recipe to what its model needs in memory, and to the limit that its unit gets."""
+
+from collections.abc import Mapping
+
+from llmstudiod.core.command import Context
+from llmstudiod.core.flags import find_flag
+from llmstudiod.core.memory import MIB, Estimate, Run, checkpoint_bytes, estimate
+from llmstudiod.core.model_shape import ModelShape
+from llmstudiod.core.recipe import Recipe
+
+DEFAULT_UBATCH = 512
+DEFAULT_CHECKPOINTS = 32
+ENCODER_BYTES = 1 << 30
+"""What an mmproj's encoder may take beside its weights for one picture; not validated."""
+
+
+def run_of(recipe: Recipe, context: Context, *, cache_ram_mib: int | None, n_gpu_layers: int = 0) -> Run:
+    """Return how llama-server will run the recipe's model, its defaults where the recipe says nothing."""
+    extra = _canonical(recipe.extra_args)
+    n_batch = recipe.n_batch or 2048
+    return Run(
+        n_ctx=context.n_ctx_total,
+        n_seq=context.n_parallel,
+        is_unified=recipe.kv_unified,
+        n_ubatch=min(recipe.n_ubatch or DEFAULT_UBATCH, n_batch, context.n_ctx_total),
+        type_k=recipe.cache_type_k or "f16",
+        type_v=recipe.cache_type_v or "f16",
+        flash_attn=recipe.flash_attn is not False,
+        swa_full=extra.get("--swa-full") is True,
+        all_logits=recipe.embedding or recipe.rerank,
+        n_gpu_layers=n_gpu_layers,
+        n_cpu_moe=recipe.n_cpu_moe or 0,
+        kv_offload=extra.get("--kv-offload") is not False,
+        repack=extra.get("--repack") is not False,
+        cache_ram=(cache_ram_mib or 0) * MIB,
+        n_checkpoints=_number(extra.get("--ctx-checkpoints"), DEFAULT_CHECKPOINTS),
+    )
+
+
+def on_the_host(shape: ModelShape, run: Run, *, draft: ModelShape | None = None, mmproj_bytes: int = 0) -> Estimate:
+    """Return what a model needs at most in host memory, with the files that go with it: nothing on a GPU."""
+    total = estimate(shape, run)
+    if draft is not None:
+        total += estimate(draft, run)
+    if mmproj_bytes:
+        total = total.with_encoder(weights=mmproj_bytes, compute=ENCODER_BYTES)
+    return total
+
+
+def memory_limit(need: Estimate, shape: ModelShape, run: Run, *, file_bytes: int) -> int:
+    """Return the ``MemoryMax=`` of a model's unit where its recipe sets none, in bytes.
+
+    The whole file counts, since its pages do: a limit below that makes a mapped model crawl instead of failing.
+    The quarter on top is for what the formulas do not know; a limit is there to stop a leak, not to save memory.
+    """
+    rest = need.host_total - need.host.weights + need.prompt_cache + checkpoint_bytes(shape, run)
+    return (max(need.host.weights, file_bytes) + rest) * 5 // 4
+
+
+def _canonical(extra_args: Mapping[str, object]) -> dict[str, object]:
+    """Return the flags by their first name; a negated one as False."""
+    values: dict[str, object] = {}
+    for key, value in extra_args.items():
+        found = find_flag(key)
+        if found is not None:
+            values[found.flag.names[0]] = (not value) if found.is_negated and isinstance(value, bool) else value
+    return values
+
+
+def _number(value: object, default: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else default
