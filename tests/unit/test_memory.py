@@ -55,6 +55,10 @@ LOGGED = {
     "mamba": (2.38, 30.30, 110.47),
 }
 
+MINIMAL: Mapping[str, MetadataValue] = {
+    "general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": 64,
+}  # fmt: skip
+
 
 def shape_of(model: Model, directory: Path) -> ModelShape:
     """Return what the estimator sees of a model."""
@@ -259,6 +263,6 @@ def test_tensor_of_an_unknown_type_is_not_taken_for_nothing() -> None:
     }
     unknown = replace(GGML_TYPES[0], name="type-77", block_size=None, block_bytes=None)
     tensor = TensorInfo("blk.0.attn_q.weight", (64, 64), unknown, 0, None)
-    shape = model_shape(metadata, [tensor])
+    shape = model_shape(MINIMAL, [tensor])
     assert shape is not None
     assert shape.layers[0].weights == 4 * 64 * 64
