@@ -14,7 +14,14 @@ ENCODER_BYTES = 1 << 30
 """What an mmproj's encoder may take beside its weights for one picture; not validated."""
 
 
-def run_of(recipe: Recipe, context: Context, *, cache_ram_mib: int | None, n_gpu_layers: int = 0) -> Run:
+def run_of(
+    recipe: Recipe,
+    context: Context,
+    *,
+    cache_ram_mib: int | None,
+    n_gpu_layers: int = 0,
+    proportions: tuple[float, ...] = (),
+) -> Run:
     """Return how llama-server will run the recipe's model, its defaults where the recipe says nothing."""
     extra = _canonical(recipe.extra_args)
     n_batch = recipe.n_batch or 2048
@@ -29,6 +36,7 @@ def run_of(recipe: Recipe, context: Context, *, cache_ram_mib: int | None, n_gpu
         swa_full=extra.get("--swa-full") is True,
         all_logits=recipe.embedding or recipe.rerank,
         n_gpu_layers=n_gpu_layers,
+        proportions=proportions,
         n_cpu_moe=recipe.n_cpu_moe or 0,
         kv_offload=extra.get("--kv-offload") is not False,
         repack=extra.get("--repack") is not False,

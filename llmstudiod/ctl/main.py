@@ -1,4 +1,4 @@
-"""llmstudioctl: what administrators type. A client of the admin socket; only ``check FILE`` reads files itself."""
+"""llmstudioctl: what administrators type. A client of the admin socket, but ``check`` and ``estimate`` read files."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 from llmstudiod import __version__
 from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
+from llmstudiod.ctl import estimate as estimates
 from llmstudiod.ctl import keys as api_keys
 from llmstudiod.ctl import show
 from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="*", type=Path)
     explain = add("explain", _explain, "show how a model would be started, and why so")
     explain.add_argument("model")
+    estimates.add_arguments(add("estimate", estimates.command, "tell what a GGUF file needs in memory"))
     key = add("key", _no_command, "make, list or revoke the endpoint's API keys")
     keys = key.add_subparsers(required=True, metavar="COMMAND")
 

@@ -28,6 +28,8 @@ _llmstudioctl() {
             :--socket) wants=--socket ;;
             :--lines | :-n) [[ $command == logs ]] && wants=--lines ;;
             :--models | :--expires) [[ $command == "key add" ]] && wants=$word ;;
+            :--n-ctx | :--n-parallel | :--n-gpu-layers | :--n-ubatch | :--n-cpu-moe) [[ $command == estimate ]] && wants=--n ;;
+            :--cache-type-[kv] | :--draft-model | :--mmproj) [[ $command == estimate ]] && wants=$word ;;
             :-*) ;;
             *)
                 case $command in
@@ -41,7 +43,7 @@ _llmstudioctl() {
     [[ $cur == = ]] && cur=""
 
     case $wants in
-        --socket)
+        --socket | --draft-model | --mmproj)
             compopt -o filenames 2>/dev/null
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")
             return
@@ -51,7 +53,11 @@ _llmstudioctl() {
             mapfile -t COMPREPLY < <(compgen -P "$word" -W "$(_llmstudioctl_names "$socket")" -- "${cur##*,}")
             return
             ;;
-        --lines | --expires) return ;;
+        --cache-type-?)
+            mapfile -t COMPREPLY < <(compgen -W "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0 iq4_nl" -- "$cur")
+            return
+            ;;
+        --lines | --expires | --n) return ;;
     esac
 
     case $command in
@@ -59,13 +65,14 @@ _llmstudioctl() {
             if [[ $cur == -* ]]; then
                 mapfile -t COMPREPLY < <(compgen -W "$common" -- "$cur")
             else
-                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain key schema version" -- "$cur")
+                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain estimate key schema version" -- "$cur")
             fi
             return
             ;;
         list | status | check | explain | schema | version) options=$common ;;
         key | "key list" | "key revoke") options=$common ;;
         "key add") options="--admin --metrics --models --expires $common" ;;
+        estimate) options="--n-ctx --n-parallel --kv-unified --n-gpu-layers --cache-type-k --cache-type-v --n-ubatch --no-flash-attn --n-cpu-moe --draft-model --mmproj $common" ;;
         load) options="--no-wait $common" ;;
         unload) options="--all --force $common" ;;
         logs) options="--follow --lines -f -n $common" ;;
@@ -84,7 +91,7 @@ _llmstudioctl() {
         "key revoke")
             ((operands == 0)) && mapfile -t COMPREPLY < <(compgen -W "$(_llmstudioctl_names "$socket" keys)" -- "$cur")
             ;;
-        check)
+        check | estimate)
             compopt -o filenames 2>/dev/null
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")
             ;;

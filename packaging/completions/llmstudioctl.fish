@@ -70,17 +70,29 @@ complete -c llmstudioctl -n __llmstudioctl_command -a unload -d 'unload a model 
 complete -c llmstudioctl -n __llmstudioctl_command -a logs -d "show a model's log"
 complete -c llmstudioctl -n __llmstudioctl_command -a check -d 'check recipe files, or everything that the daemon has loaded'
 complete -c llmstudioctl -n __llmstudioctl_command -a explain -d 'show how a model would be started, and why so'
+complete -c llmstudioctl -n __llmstudioctl_command -a estimate -d 'tell what a GGUF file needs in memory'
 complete -c llmstudioctl -n __llmstudioctl_command -a key -d "make, list or revoke the endpoint's API keys"
 complete -c llmstudioctl -n __llmstudioctl_command -a schema -d 'print the JSON schema of recipes, for editors'
 complete -c llmstudioctl -n __llmstudioctl_command -a version -d 'show the versions of this program, the daemon and llama-server'
 
 complete -c llmstudioctl -n '__llmstudioctl_command status load unload logs explain' -a '(__llmstudioctl_names id list)' -d model
-complete -c llmstudioctl -n '__llmstudioctl_command check' -F
+complete -c llmstudioctl -n '__llmstudioctl_command check estimate' -F
 complete -c llmstudioctl -n '__llmstudioctl_command load' -l no-wait -d 'return at once'
 complete -c llmstudioctl -n '__llmstudioctl_command unload' -l all -d 'unload every model'
 complete -c llmstudioctl -n '__llmstudioctl_command unload' -l force -d 'do not wait for requests in flight'
 complete -c llmstudioctl -n '__llmstudioctl_command logs' -s f -l follow -d 'go on with new lines'
 complete -c llmstudioctl -n '__llmstudioctl_command logs' -s n -l lines -x -d 'how many lines'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l n-ctx -x -d 'context of one request'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l n-parallel -x -d 'requests at the same time (default: 4)'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l kv-unified -d 'all requests share one context'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l n-gpu-layers -x -d 'layers on one GPU'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l cache-type-k -x -a 'f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0 iq4_nl' -d 'type of the keys (default: f16)'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l cache-type-v -x -a 'f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0 iq4_nl' -d 'type of the values (default: f16)'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l n-ubatch -x -d 'micro-batch (default: 512)'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l no-flash-attn -d 'without flash attention'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l n-cpu-moe -x -d 'experts of N layers stay in RAM'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l draft-model -r -F -d 'a draft model beside it'
+complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l mmproj -r -F -d 'an encoder for pictures or sound beside it'
 complete -c llmstudioctl -n __llmstudioctl_key -a add -d 'make a key and print it, once'
 complete -c llmstudioctl -n __llmstudioctl_key -a list -d 'list the keys, without their secrets'
 complete -c llmstudioctl -n __llmstudioctl_key -a revoke -d 'take a key away'

@@ -272,7 +272,7 @@ def test_operands_are_told() -> None:
     for name, parser in COMMANDS.items():
         operands = {action.dest for action in parser._actions if not action.option_strings}
         head = command_parts()[name].partition("\n")[0]
-        told = ("Ar model" in head, head.endswith("Ar name"), head.endswith("Op Ar"))
+        told = ("Ar model" in head, head.endswith("Ar name"), head.endswith(("Op Ar", "Ar file")))
         assert told == ("model" in operands, "name" in operands, "file" in operands), name
 
 

@@ -131,11 +131,7 @@ def test_layers_with_a_cache(arch: str, keys: Mapping[str, object], cached: list
 
 def test_header_without_sizes_has_no_shape() -> None:
     """Nothing is guessed where the count of layers, the width or the name is missing."""
-    full: dict[str, MetadataValue] = {
-        "general.architecture": "llama",
-        "llama.block_count": 2,
-        "llama.embedding_length": 64,
-    }
+    full = {**MINIMAL, "llama.block_count": 2}
     assert model_shape(full, ()) is not None
     for key in full:
         assert model_shape({**full, key: 0}, ()) is None
@@ -256,11 +252,6 @@ def test_limit_covers_everything_that_is_known(tmp_path: Path) -> None:
 
 def test_tensor_of_an_unknown_type_is_not_taken_for_nothing() -> None:
     """A type of a newer llama.cpp: four bytes a number is more than any quantisation."""
-    metadata: dict[str, MetadataValue] = {
-        "general.architecture": "llama",
-        "llama.block_count": 1,
-        "llama.embedding_length": 64,
-    }
     unknown = replace(GGML_TYPES[0], name="type-77", block_size=None, block_bytes=None)
     tensor = TensorInfo("blk.0.attn_q.weight", (64, 64), unknown, 0, None)
     shape = model_shape(MINIMAL, [tensor])
