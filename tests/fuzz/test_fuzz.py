@@ -11,6 +11,7 @@ from llmstudiod.core.launcher_protocol import Verb
 from llmstudiod.core.recipe import Recipe
 from tests.fuzz.targets import Launcher, new_launcher, read_recipe
 
+pytestmark = pytest.mark.timeout(3600)  # 100,000 inputs take a quarter of an hour
 HASH = "sha256:" + "0" * 64
 WORDS = st.sampled_from(
     [
