@@ -5,15 +5,13 @@ By the setting, ``LLAMA_SERVER_PATH``, ``PATH``, then the embedded engine: never
 
 import importlib.util
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmstudiod.core.binary_answers import INSTALL_HINT, chosen_binary
+from llmstudiod.core.binary_answers import chosen_binary, refuse_program
 from llmstudiod.core.command import ServerBinary
-from llmstudiod.core.errors import BinaryError
 
 ENGINE = (sys.executable, "-m", "llmstudiod.engine")
 
@@ -33,9 +31,6 @@ def find_binary(setting: str | None, environment: Mapping[str, str]) -> ServerBi
     )
     path = found.argv[0]
     # os.path, unlike Path, answers False where a directory may not be searched.
-    if not os.path.isfile(path):  # noqa: PTH113
-        raise BinaryError(f"{found.source}: expected a program, found no file '{path}'", hint=INSTALL_HINT)
-    if not os.access(path, os.X_OK):
-        hint = f"chmod +x {shlex.quote(path)}"
-        raise BinaryError(f"{found.source}: expected a program, found '{path}', which is not executable", hint=hint)
+    mode = os.stat(path).st_mode if os.path.isfile(path) else None  # noqa: PTH113, PTH116
+    refuse_program(found, mode, b"", is_sandboxed=False)
     return found

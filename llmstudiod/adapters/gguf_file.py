@@ -221,8 +221,10 @@ def _parse(path: Path, descriptor: int, file_bytes: int) -> GgufHeader:
 def _read_version(data: _Bytes) -> int:
     magic = data.take(4)
     if magic != b"GGUF":
-        hint = "run `git lfs pull` where it came from" if magic == b"vers" else "give a GGUF file, or download it again"
-        data.refuse(f"is not GGUF: it starts with {magic!r}, expected b'GGUF'", hint=hint)
+        if magic == b"vers":
+            data.refuse("is not GGUF but a pointer of git-lfs", hint="run `git lfs pull` where it came from")
+        # What it begins with is not told: it may be any file, and messages travel.
+        data.refuse("is not GGUF: it does not begin with these letters", hint="give a GGUF file, or download it again")
     version = data.number(_U32)
     hint = "get a newer conversion of the model"
     if version and version & 0xFFFF == 0:
@@ -378,10 +380,13 @@ def os_fault(path: Path, error: OSError | ValueError) -> BadModelFileError:
         hint = "let the daemon's user read it, and search the directories above it"
         found = "may not be read"
         with contextlib.suppress(OSError):
-            mode = stat.S_IMODE(path.stat().st_mode)
+            mode, real = stat.S_IMODE(path.stat().st_mode), path.resolve()
             if not mode & stat.S_IROTH:
-                found = f"has mode {mode:04o}: neither the daemon nor the model may read it"
-                hint = f"chmod o+r {shlex.quote(str(path))}"
+                leads = "" if real == path else f"leads to {str(real)!r}, which "
+                found = f"{leads}has mode {mode:04o}: neither the daemon nor the model may read it"
+                # Nobody is advised to open a file of which nothing tells that it is a model.
+                is_model = real.suffix == ".gguf" or "blobs" in real.parts
+                hint = f"chmod o+r {shlex.quote(str(real))}" if is_model else "give the path of a GGUF file"
         return ModelFilePermissionError(f"{str(path)!r} {found}", hint=hint, details=details)
     reason = os.strerror(code) if code else str(error)
     return bad_model(path, f"cannot be read: {reason}", hint="check the path and the disk")

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from llmstudiod.core.errors import ConfigError
@@ -9,6 +10,9 @@ from llmstudiod.core.keys import PREFIX, Key, parse_keys
 
 CREDENTIAL = "keys"
 """The name under which systemd may hand the file over: LoadCredential=keys:/path. It wins over the setting."""
+
+_OWN = "chown root:llmstudio, chmod 640, then `systemctl reload llmstudiod`"
+_MEND = "mend it or take it away, then `systemctl reload llmstudiod`; `llmstudioctl key add` makes a new one"
 
 
 def keys_path(setting: str) -> Path:
@@ -18,14 +22,23 @@ def keys_path(setting: str) -> Path:
     return given if given is not None and given.exists() else Path(setting)
 
 
+def is_credential(path: Path) -> bool:
+    """Whether the keys are what systemd handed over, which is not ours to write."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    return directory is not None and path.parent == Path(directory)
+
+
 def read_keys(path: Path) -> tuple[Key, ...]:
     """Return the keys; a file that is not there holds none.
 
     Raises:
-        ConfigError: It cannot be read, or is none; nobody is let in then, rather than everybody.
+        ConfigError: It cannot be read, is none, or another user could have written it; nobody is let in then, rather
+            than everybody.
     """
     try:
-        return parse_keys(path.read_text("utf-8"))
+        with path.open(encoding="utf-8") as stream:
+            status = os.fstat(stream.fileno())
+            text = stream.read()
     except FileNotFoundError:
         return ()
     except (OSError, UnicodeDecodeError) as error:
@@ -33,6 +46,13 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         raise ConfigError(
             f"the keys file '{path}' cannot be read: {reason}", hint="chgrp llmstudio, chmod 640"
         ) from error
+    if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o022:
+        found = f"uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+        raise ConfigError(f"the keys file '{path}': expected root alone to write it, found {found}", hint=_OWN)
+    try:
+        return parse_keys(text)
+    except ConfigError as error:
+        raise ConfigError(f"'{path}': {error.message}", hint=_MEND) from None
 
 
 def write_own_keys(path: Path, text: str) -> None:

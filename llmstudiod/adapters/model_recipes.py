@@ -14,7 +14,9 @@ def load_catalogue(settings: Settings, loaded: LoadedRecipes) -> Catalogue:
     """Return the recipes of files and the GGUFs without one. Blocks on the disk; bad input becomes faults."""
     entries, faults = list(loaded.entries), list(loaded.faults)
     if settings.auto_recipes:
-        taken = {target for entry in entries for target in _targets(entry.recipe.model_path, settings.model_dirs)}
+        claimed = [entry.recipe.model_path for entry in entries]
+        claimed += [claim for fault in faults if fault.severity is Severity.FAULT for claim in fault.claims]
+        taken = {target for path in claimed for target in _targets(path, settings.model_dirs)}
         found, more = _without_recipe(settings, taken)
         entries += found
         faults += more
@@ -47,6 +49,11 @@ def _without_recipe(settings: Settings, taken: set[Path]) -> tuple[list[RecipeEn
             entries.append(RecipeEntry(Recipe(id=model.model_id, model_path=str(model.path))))
         for error in errors:
             path = Path(str(error.details.get("path", root)))
+            target = path.resolve()
+            if not any(target.is_relative_to(real) for real in real_roots):
+                message = f"expected a file in the model directories, found a link to '{target}'"
+                faults.append(_warning(message, path, _model_id(path), "remove the link"))
+                continue
             message = error.message.removeprefix(f"{str(path)!r} ")
             faults.append(_warning(message, path, _model_id(path), error.hint))
     return entries, faults

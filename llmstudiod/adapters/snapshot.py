@@ -111,7 +111,9 @@ def _identity(path: Path) -> list[int]:
 
 
 def _faults(raw: list[dict[str, Any]]) -> tuple[Fault, ...]:
-    return tuple(Fault(**{**item, "severity": Severity(item["severity"])}) for item in raw)
+    return tuple(
+        Fault(**{**item, "severity": Severity(item["severity"]), "claims": tuple(item["claims"])}) for item in raw
+    )
 
 
 def _frozen(value: Any) -> Any:  # noqa: ANN401 - JSON holds anything

@@ -11,8 +11,8 @@ from llmstudiod.core.errors import BinaryError
 from llmstudiod.core.flags import parse_help_flags, parse_known_flags
 
 INSTALL_HINT = (
-    "install llama.cpp's llama-server (Debian: `apt install llama.cpp-tools`) or the embedded engine "
-    "(`pip install 'llmstudiod[engine]'`), or set llama_server in llmstudiod.yaml"
+    "install llama.cpp's llama-server (Debian forky: `apt install llama.cpp-tools`), or set llama_server in "
+    "llmstudiod.yaml; in a virtual environment the embedded engine will do (`pip install 'llmstudiod[engine]'`)"
 )
 QUESTIONS = ("--version", "--completion-bash", "--help", "--list-devices")
 
@@ -43,6 +43,22 @@ def chosen_binary(
     if engine:
         return ServerBinary(engine, "the embedded engine", is_engine=True)
     raise BinaryError("there is no llama-server on this machine", hint=INSTALL_HINT)
+
+
+def refuse_program(found: ServerBinary, mode: int | None, start: bytes, *, is_sandboxed: bool) -> None:
+    """Refuse what cannot be run. ``mode`` is the file's st_mode, None where there is none; ``start`` its first bytes.
+
+    Raises:
+        BinaryError: It is no program; or a script, which cannot start another program in the sandbox.
+    """
+    path, place = found.argv[0], f"{found.source}: expected a program, found"
+    if mode is None:
+        raise BinaryError(f"{place} no file '{path}'", hint=INSTALL_HINT)
+    if not mode & 0o111:
+        raise BinaryError(f"{place} '{path}', which is not executable", hint=f"chmod +x {shlex.quote(path)}")
+    if start.startswith(b"#!") and is_sandboxed and not found.is_engine:
+        hint = "name the program that it starts; flags go into recipes (extra_args), variables into env_vars"
+        raise BinaryError(f"{place} the script '{path}', which may start nothing in the sandbox", hint=hint)
 
 
 def described(binary: ServerBinary, answers: Mapping[str, Answer]) -> ServerBinary:

@@ -17,9 +17,6 @@ def refuse_file(path: str, *, mode: int, start: bytes, is_text: bool) -> None:
     """
     if not stat.S_ISREG(mode):
         raise LoadFailedError(f"'{path}': expected a regular file, found something else")
-    if not mode & stat.S_IROTH:
-        found = f"'{path}' has mode {stat.S_IMODE(mode):04o}: the model's own user may not read it"
-        raise LoadFailedError(found, hint=f"chmod o+r '{path}'", details={"failure": "permission"})
     if is_text and (b"\0" in start or len(start) > MAX_TEXT_BYTES):
         raise LoadFailedError(f"'{path}': expected a text of at most 1 MiB, found something else")
     if not is_text and start != b"GGUF":
@@ -27,3 +24,6 @@ def refuse_file(path: str, *, mode: int, start: bytes, is_text: bool) -> None:
         raise LoadFailedError(
             message, hint="only GGUF files are given to a model", details={"failure": "bad_model_file"}
         )
+    if not mode & stat.S_IROTH:  # told last: nobody is advised to open a file that is no model
+        found = f"'{path}' has mode {stat.S_IMODE(mode):04o}: the model's own user may not read it"
+        raise LoadFailedError(found, hint=f"chmod o+r '{path}'", details={"failure": "permission"})

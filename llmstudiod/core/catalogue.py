@@ -5,11 +5,14 @@ Immutable: a reload makes a new one. No fuzzy match: a name is one of a recipe's
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from llmstudiod.core.errors import BadRequestError, ModelNotFoundError
 from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
+
+_NEW = "a new file counts after `systemctl reload llmstudiod`"
+_FIRST = f"put a GGUF into a model directory (model_dirs), or a recipe into recipes_dir; {_NEW}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class Catalogue:
             BadRequestError: The request names no model and none is the default.
         """
         if name is None:
+            if not self.entries:
+                raise BadRequestError("the request names no model, and there is none yet", hint=_FIRST)
             if self.default_id is None:
                 raise BadRequestError(
                     f"the request names no model, and none of the {len(self.entries)} recipes is marked default",
@@ -43,12 +48,14 @@ class Catalogue:
         if found is not None:
             return found
         close = difflib.get_close_matches(name[:200], self.ids_by_name, n=3)
-        hint = (
-            f"did you mean {', '.join(close)}?" if close else "`llmstudioctl list` or GET /v1/models lists the models"
-        )
-        broken = next((fault for fault in self.faults if fault.recipe_id == name), None)
-        if broken is not None:
+        listed = f"`llmstudioctl list` or GET /v1/models lists the models; {_NEW}" if self.entries else _FIRST
+        hint = f"did you mean {', '.join(close)}?" if close else listed
+        about = [fault for fault in self.faults if name == fault.recipe_id or name in fault.claims]
+        broken = next(iter(sorted(about, key=lambda fault: fault.severity is Severity.WARNING)), None)
+        if broken is not None and broken.severity is Severity.FAULT:
             hint = f"its recipe is faulty: {broken}"
+        elif broken is not None:  # a file without a recipe that will not do
+            hint = f"{replace(broken, severity=Severity.FAULT)}; then `systemctl reload llmstudiod`"
         raise ModelNotFoundError(f"there is no model '{name[:200]}'", hint=hint)
 
 

@@ -21,7 +21,8 @@ class LaunchRequest:
     """One server to be started: plain values.
 
     ``limits`` holds systemd's property names; ``devices`` are the device nodes of its GPUs, ``executables`` the paths
-    that it may execute from. The subprocess launcher has no use for these three, nor for ``sandbox``.
+    that it may execute from, ``hidden`` what else it may not see. The subprocess launcher uses none of these four, nor
+    ``sandbox``.
     """
 
     model_id: str
@@ -38,6 +39,7 @@ class LaunchRequest:
     devices: tuple[str, ...] = ()
     device_groups: tuple[str, ...] = ()
     executables: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
 
 
 def question(argv: Iterable[str]) -> LaunchRequest:

@@ -36,7 +36,8 @@ class Severity(StrEnum):
 class Fault:
     """Something wrong in a file: where, and in ``message`` what was found and what was expected.
 
-    ``recipe_id`` is the id of the recipe that it is about, so that whoever asks for the model finds the reason.
+    ``recipe_id`` is the id of the recipe that it is about, so that whoever asks for the model finds the reason;
+    ``claims`` are the other names and the model file of a recipe that was left out.
     """
 
     message: str
@@ -46,6 +47,7 @@ class Fault:
     hint: str | None = None
     severity: Severity = Severity.FAULT
     recipe_id: str | None = None
+    claims: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return one line in the form that compilers use, so that editors can jump to it."""

@@ -144,8 +144,12 @@ class _RecipeReader:
     def _name_faults(self, default_id: str | None) -> None:
         """Name the recipe in its faults: whoever asks for the model by its id finds the reason."""
         known = self.values.get("id", default_id)
+        aliases = self.values.get("aliases")
+        others = [self.values.get("served_model_name"), self.values.get("model_path")]
+        others += aliases if isinstance(aliases, list) else [aliases]
+        claims = tuple(other for other in others if isinstance(other, str))[:100]
         if isinstance(known, str):
-            self.notes = [replace(note, recipe_id=known) for note in self.notes]
+            self.notes = [replace(note, recipe_id=known, claims=claims) for note in self.notes]
 
     # One key after the other
 

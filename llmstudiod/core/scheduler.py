@@ -54,6 +54,7 @@ BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
 OVERTAKE_S = 2.0
 OfRun = TypeVar("OfRun", UnitStarted, LoadProgressed, BecameReady, UnitFailed, UnitGone, TimerFired)
 
+SETTLED_S = 1.0  # a server that ends without an error so soon after it was ready was not stopped by somebody
 STABLE_S = 60.0  # a model that was ready for so long starts its count of failures anew
 
 
@@ -297,6 +298,9 @@ class Scheduler:
             self._settle(instance, event.at, "it ended while it was drained")
             return
         was_serving = instance.state in {State.READY, State.DRAINING}
+        if was_serving and event.failure.kind == "exited" and event.at - instance.ready_at > SETTLED_S:
+            self._settle(instance, event.at, "stopped by hand")  # `systemctl stop` of the unit or the slice
+            return
         if was_serving and event.at - instance.ready_at > STABLE_S:
             instance.failures = 0
         self._fail(instance, event.at, event.failure)

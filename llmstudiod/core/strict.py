@@ -3,7 +3,8 @@
 Pure, and made again by the launcher, whatever the daemon has checked.
 """
 
-from collections.abc import Iterable, Iterator
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
@@ -72,6 +73,18 @@ def named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def is_inside(path: str, directories: Iterable[str]) -> bool:
     """Return whether a resolved path lies below one of the resolved directories."""
     return any(path.startswith(f"{directory.rstrip('/')}/") for directory in directories)
+
+
+def files_outside(recipe: Recipe, model_dirs: Sequence[str], resolved: Callable[[str], str]) -> list[Fault]:
+    """Return a fault for each file outside the model directories; ``resolved`` follows the links of a path."""
+    real_dirs = [resolved(directory) for directory in model_dirs]
+    places = [
+        (field, resolved(posixpath.join(directory, path)))  # an absolute path stays as it is
+        for field, path in named_files(recipe)
+        for directory in model_dirs
+    ]
+    expected = "expected a file in the model directories (model_dirs)"
+    return [Fault(f"{expected}, found '{real}'", key=field) for field, real in places if not is_inside(real, real_dirs)]
 
 
 def _by_hand(old: LoadedRecipes | None) -> list[Fault]:

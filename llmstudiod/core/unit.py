@@ -21,7 +21,6 @@ _ALWAYS: Mapping[str, str] = {
     "ProtectSystem": "strict",
     # Inside the unit /run holds its own socket and its own files: no D-Bus, no other model's socket.
     "TemporaryFileSystem": "/run:mode=0755,size=64k",
-    "InaccessiblePaths": "-/srv -/etc/llmstudio -/var/lib/llmstudio",
     "ProtectKernelTunables": "yes",
     "ProtectKernelModules": "yes",
     "ProtectKernelLogs": "yes",
@@ -60,6 +59,10 @@ _LOGGED: Mapping[str, str] = {
     "LogRateLimitIntervalSec": "0",  # the telling line must not be the one that is dropped
     "Before": "llmstudiod.service",  # at shutdown the daemon drains first
 }
+# Whatever may hold what others put there. /etc and /usr stay: libraries and certificates of theirs are needed.
+_HIDDEN = ("/etc/llmstudio", "/var/lib/llmstudio", "/srv")
+_HIDDEN_FROM_MODELS = ("/mnt", "/media", "/opt", "/boot", "/var/log", "/var/backups", "/var/mail", "/var/spool")
+_NEVER_HIDDEN = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/dev", "/proc", "/sys", "/run", "/var/cache")
 _CPU: Mapping[str, str] = {"PrivateDevices": "yes", "DevicePolicy": "closed", "ProcSubset": "pid"}
 _GPU: Mapping[str, str] = {"PrivateDevices": "no", "DevicePolicy": "closed", "ProcSubset": "all"}
 _NETWORKS: Mapping[str, Mapping[str, str]] = {
@@ -94,7 +97,20 @@ def sandbox_properties(request: LaunchRequest) -> list[str]:
     properties += [f"BindReadOnlyPaths={_quote(file.host)}:{_quote(file.inside)}" for file in request.files]
     if request.devices:  # TemporaryFileSystem=/run hides its socket, which keeps the driver loaded
         properties.append("BindPaths=-/run/nvidia-persistenced")
-    return [*properties, *_executable_paths(request.executables)]
+    hidden = " ".join(_quote(f"-{path}") for path in hidden_paths(request))
+    return [*properties, f"InaccessiblePaths={hidden}", *_executable_paths(request.executables)]
+
+
+def hidden_paths(request: LaunchRequest) -> list[str]:
+    """Return the directories that a unit cannot see, the model directories among them: its own files are bound.
+
+    Left out is what would take a part of the system away, or the program itself: systemd cannot show a part of it.
+    """
+    more = (*_HIDDEN_FROM_MODELS, *request.hidden) if request.executables else ()
+    programs = [path.removeprefix("-") for path in request.executables or request.argv[:1]]
+    needed = [*_NEVER_HIDDEN, *programs]
+    wanted = dict.fromkeys(path.rstrip("/") for path in (*_HIDDEN, *more))
+    return [path for path in wanted if not any(f"{need}/".startswith(f"{path}/") for need in needed)]
 
 
 def unit_properties(request: LaunchRequest) -> list[str]:

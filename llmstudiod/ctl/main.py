@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 
     new = add_key("add", api_keys.add, "make a key and print it, once")
     new.add_argument("name", help="letters, digits and ._@-")
-    new.add_argument("--admin", action="store_true", help="it may administer")
-    new.add_argument("--metrics", action="store_true", help="it may read the metrics")
+    new.add_argument("--admin", action="store_true", help="it may administer over TCP, once this version can")
+    new.add_argument("--metrics", action="store_true", help="it may read the metrics, once there are some")
     new.add_argument("--models", action="append", metavar="NAME[,NAME…]", help="it may use these models alone")
     new.add_argument("--expires", metavar="TIME", help="how long it is valid, such as 30d (default: for ever)")
     add_key("list", api_keys.listing, "list the keys, without their secrets")
@@ -126,7 +126,10 @@ def _list(client: Client, arguments: argparse.Namespace) -> int:
         header = ("MODEL", "STATE", "SINCE", "REQUESTS", "CONTEXT", "")
         print(show.table(header, show.model_rows(status["instances"]), state_column=1))
     else:
-        print("no models yet: put a GGUF into a model directory, or a recipe into the recipes directory")
+        settings = client.get("config")["settings"]
+        places = f"a GGUF into {settings['model_dirs'][0]}" if settings["model_dirs"] else "a recipe there"
+        print(f"no models yet: put {places}, or a recipe into {settings['recipes_dir']},")
+        print("then `systemctl reload llmstudiod`")
     _tell_faults(status["faults"])
     return 0
 
@@ -149,7 +152,9 @@ def _status(client: Client, arguments: argparse.Namespace) -> int:
     binary = status["llama_server"]
     print(f"llmstudiod {status['version']}, port {status['inference_port']}, launcher {status['launcher']}")
     if "error" in binary:
-        print(f"llama-server: {binary['error']}\nhint: {binary['hint']}")
+        print(f"llama-server: {binary['error']}")
+        if binary["hint"]:
+            print(f"hint: {binary['hint']}")
     else:
         print(f"llama-server {binary['version']} ({shlex.join(binary['command'])}, from {binary['source']})")
         print(f"devices: {', '.join(binary['devices']) or 'CPU only'}")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from aiohttp import web
 
-from llmstudiod.adapters.key_file import keys_path, read_keys, write_own_keys
+from llmstudiod.adapters.key_file import is_credential, keys_path, read_keys, write_own_keys
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import progress_mark
@@ -24,7 +24,7 @@ from llmstudiod.core.keys import Key, write_keys
 from llmstudiod.core.launcher_protocol import Verb, Write
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.model_spec import lifecycle_defaults
-from llmstudiod.core.recipe import Severity
+from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
@@ -75,6 +75,7 @@ class Application:
             clock=clock,
         )
         listing = Listing(self.supervisor, created=int(time.time()))
+        self._keys_error: ConfigError | None = None
         self.access = Access(Rules(), own_names=frozenset({socket.gethostname().lower()}))
         self.proxy = Proxy(
             self.supervisor,
@@ -85,7 +86,7 @@ class Application:
             access=self.access,
         )
         keys = AdminKeys(
-            keys=lambda: self.access.rules.keys or (),
+            keys=self._keys,
             put=self._put_keys,
             model_names=lambda: frozenset(self.supervisor.catalogue.ids_by_name),
         )
@@ -98,6 +99,7 @@ class Application:
             ports=lambda: self._ports,
             clock=clock,
             keys=keys,
+            more_faults=self._more_faults,
         )
         self._put_in_force(found)
         self._servers: list[asyncio.Server] = []
@@ -194,9 +196,11 @@ class Application:
     def _rules(self, settings: Settings) -> Rules:
         """Return who may use the endpoint. A keys file that cannot be read lets nobody in, rather than everybody."""
         keys: tuple[Key, ...] | None = None
+        self._keys_error = None
         try:
             keys = read_keys(keys_path(settings.keys_file))
         except ConfigError as error:
+            self._keys_error = error
             logger.error("%s (%s)", error.message, error.hint)  # noqa: TRY400 - no bug
         return Rules(
             keys=keys,
@@ -205,9 +209,24 @@ class Application:
             allows_open_listener=settings.allow_open_listener,
         )
 
+    def _keys(self) -> tuple[Key, ...]:
+        """Return the keys in force; a ConfigError where their file is faulty: what it holds must not be lost."""
+        if self._keys_error is not None:
+            raise self._keys_error
+        return self.access.rules.keys or ()
+
+    def _more_faults(self) -> list[Fault]:
+        error = self._keys_error
+        return [] if error is None else [Fault(error.message, self.loaded.settings.keys_file, hint=error.hint)]
+
     async def _put_keys(self, keys: tuple[Key, ...]) -> None:
         """Replace all keys, by the launcher where there is one: the file is root's."""
         settings, text = self.loaded.settings, write_keys(keys)
+        if is_credential(keys_path(settings.keys_file)):
+            hint = "change what LoadCredential= of llmstudiod.service names, then `systemctl restart llmstudiod`"
+            raise ConfigError(
+                "the keys in force are systemd's credential 'keys', which is not ours to write", hint=hint
+            )
         if self._helper is not None:
             await self._helper.ask(Write(Verb.PUT_KEYS, text=text))
         else:

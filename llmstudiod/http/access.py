@@ -92,7 +92,7 @@ class Access:
         secret = secret.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
         hint = "send it as `Authorization: Bearer …`; `llmstudioctl key add NAME` makes one"
         if rules.keys is None:
-            hint = "`llmstudioctl check` tells what is wrong with it"
+            hint = "`llmstudioctl check` tells the administrator what is wrong with it"
             raise AuthenticationError("the keys file cannot be read, so no key is accepted", hint=hint)
         if not secret:
             raise AuthenticationError("this endpoint needs an API key, and the request has none", hint=hint)

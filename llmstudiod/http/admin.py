@@ -61,8 +61,10 @@ class Admin:
         ports: Callable[[], list[int]],
         clock: Callable[[], float],
         keys: AdminKeys,
+        more_faults: Callable[[], list[Fault]],
     ) -> None:
         self._keys = keys
+        self._more_faults = more_faults
         self._supervisor = supervisor
         self._planner = planner
         self._launcher = launcher
@@ -262,7 +264,7 @@ class Admin:
         }
 
     def _faults(self) -> list[Fault]:
-        return [*self._settings().faults, *self._supervisor.catalogue.faults]
+        return [*self._settings().faults, *self._more_faults(), *self._supervisor.catalogue.faults]
 
     def _model(self, request: web.Request) -> str:
         return self._supervisor.catalogue.resolve(request.match_info["id"])

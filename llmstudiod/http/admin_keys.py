@@ -16,7 +16,10 @@ MAX_BODY = 64 << 10
 
 
 class AdminKeys:
-    """Lists, makes and revokes keys; ``put`` writes them all, ``keys`` are those in force."""
+    """Lists, makes and revokes keys.
+
+    ``keys`` returns those in force, ``put`` writes all of them; either raises a ConfigError where that cannot be done.
+    """
 
     def __init__(
         self,
@@ -47,9 +50,10 @@ class AdminKeys:
         if any(other.name == key.name for other in self._keys()):
             hint = f"`llmstudioctl key revoke {key.name}` takes it away"
             raise BadRequestError(f"name: there is a key '{key.name}' already", hint=hint)
-        unknown = sorted(set(key.models) - self._model_names())
+        warnings = [f"there is no model '{name}' now" for name in sorted(set(key.models) - self._model_names())]
+        if not self._keys():
+            warnings.append("it is the first key: from now on every request to the endpoint needs one")
         await self._put((*self._keys(), key))
-        warnings = [f"there is no model '{name}' now" for name in unknown]
         return json_response({**_shown(key), "secret": secret, "warnings": warnings}, status=201)
 
     async def _revoke(self, request: web.Request) -> web.Response:
@@ -96,8 +100,9 @@ def _key(raw: dict[str, Any], hashed: str) -> Key:
         raise BadRequestError("models: expected a list of names")
     now = time.time()
     try:
-        until = now + parse_duration_s(expires) if expires is not None else 0.0
+        valid_s = 0.0 if expires is None else parse_duration_s(expires)
     except (ValueError, TypeError) as error:
         raise BadRequestError(f"expires: {error}") from None
     rights = {right: bool(raw.get(right, False)) for right in ("admin", "metrics")}
+    until = now + valid_s if valid_s else 0.0  # 0, never and off: for ever, as elsewhere
     return Key(name, hashed, models=tuple(models), created=now, expires=until, **rights)

@@ -1,5 +1,6 @@
 """The files of a model, found and looked at before they are bound into its unit."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,14 @@ def model_files(recipe: Recipe, launch: Launch, model_dirs: Sequence[str]) -> Mo
 def checked(files: Sequence[BoundFile], text_file: str | None) -> tuple[BoundFile, ...]:
     """Return the files with their real places, each one looked into; LoadFailedError for one that will not do."""
     return tuple(replace(file, host=_real_place(file.host, is_text=file.host == text_file)) for file in files)
+
+
+def looked_at(path: str) -> tuple[int | None, bytes]:
+    """Return mode and first bytes of a program; None where there is none."""
+    mode = os.stat(path).st_mode if os.path.isfile(path) else None
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        return mode, stream.read(2)
+    return mode, b""
 
 
 def _real_place(path: str, *, is_text: bool) -> str:

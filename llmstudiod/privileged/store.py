@@ -14,9 +14,9 @@ from llmstudiod.core.errors import AccessDeniedError, ConfigError
 from llmstudiod.core.keys import parse_keys, write_keys
 from llmstudiod.core.launcher_protocol import Launch
 from llmstudiod.core.model_names import id_from_stem
-from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, recipe_hash
+from llmstudiod.core.recipe import LoadedRecipes, Recipe, recipe_hash
 from llmstudiod.core.settings import Settings
-from llmstudiod.core.strict import is_inside, named_files, refuse_delete, refuse_put, wanted_recipe
+from llmstudiod.core.strict import files_outside, refuse_delete, refuse_put, wanted_recipe
 from llmstudiod.privileged.trusted import read_trusted, remove_trusted, write_trusted
 
 
@@ -48,7 +48,7 @@ class Store:
             is_it = recipe_hash(recipe) == launch.hash and id_from_stem(Path(launch.model).stem) == launch.id
             if not settings.auto_recipes or not is_it:
                 raise AccessDeniedError(f"'{launch.model}' is not served without a recipe as '{launch.id}'")
-            if faults := _outside(recipe, settings):
+            if faults := files_outside(recipe, settings.model_dirs, os.path.realpath):
                 raise AccessDeniedError(str(faults[0]))
             return recipe
         if os.path.dirname(launch.file) != os.path.normpath(settings.recipes_dir):
@@ -67,7 +67,8 @@ class Store:
         """Write a recipe file that came over HTTP."""
         path = os.path.join(settings.recipes_dir, name)
         new = self._loaded(path, text.encode())
-        outside = [fault for entry in new.entries for fault in _outside(entry.recipe, settings)]
+        recipes = [entry.recipe for entry in new.entries]
+        outside = [fault for each in recipes for fault in files_outside(each, settings.model_dirs, os.path.realpath)]
         refuse_put(new, self._loaded(path) if os.path.lexists(path) else None, outside)
         write_trusted(path, text, owner=self._owner)
 
@@ -107,15 +108,3 @@ def identity(path: str) -> list[Any]:
     """Return what changes when a file does; its change time cannot be set back by whoever edits it."""
     status = os.lstat(path)
     return [path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _outside(recipe: Recipe, settings: Settings) -> list[Fault]:
-    """Return a fault for each file outside the model directories, links followed."""
-    real_dirs = [os.path.realpath(directory) for directory in settings.model_dirs]
-    places = [
-        (field, os.path.realpath(os.path.join(directory, path)))  # an absolute path stays as it is
-        for field, path in named_files(recipe)
-        for directory in settings.model_dirs
-    ]
-    expected = "expected a file in the model directories (model_dirs)"
-    return [Fault(f"{expected}, found '{real}'", key=field) for field, real in places if not is_inside(real, real_dirs)]

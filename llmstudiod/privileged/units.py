@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, assert_never
 
-from llmstudiod.core.binary_answers import QUESTIONS, Answer, chosen_binary, complaint, described, executables
+from llmstudiod.core import binary_answers as about
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.gpu_nodes import nvidia_minors, with_gpus
@@ -18,7 +18,7 @@ from llmstudiod.core.launch import LaunchRequest, launch_request, question
 from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, Write
 from llmstudiod.core.settings import Settings
 from llmstudiod.core.unit import inside_socket_path, question_argv, stop_argv, systemd_run_argv, unit_name
-from llmstudiod.privileged.files import checked, model_files
+from llmstudiod.privileged.files import checked, looked_at, model_files
 from llmstudiod.privileged.store import Store, identity
 
 COMMAND_TIMEOUT_S = 45.0
@@ -43,7 +43,7 @@ class Units:
                 if request.verb is Verb.SHOW:
                     return {"command": systemd_run_argv(wanted)}
                 if request.verb is Verb.CHECK:
-                    return {"complaint": complaint(self._ask(replace(wanted, argv=(*wanted.argv, "--version"))))}
+                    return {"complaint": about.complaint(self._ask(replace(wanted, argv=(*wanted.argv, "--version"))))}
                 start_unit(wanted)
             case Act(verb=Verb.PROBE):
                 return {"binary": self._binary(settings).as_dict()}
@@ -73,15 +73,17 @@ class Units:
         request = with_gpus(request, recipe.gpus, launch.gpus, backends=binary.devices, minors=minors, nodes=nodes)
         fallback = {"MemoryMax": str(launch.memory_max), "MemorySwapMax": "0"} if launch.memory_max else {}
         bound = checked(request.files, files.chat_template_file)
-        return _with_groups(replace(request, files=bound, limits={**fallback, **request.limits}))
+        hidden = (*settings.model_dirs, settings.recipes_dir)
+        return _with_groups(replace(request, files=bound, hidden=hidden, limits={**fallback, **request.limits}))
 
     def _binary(self, settings: Settings) -> ServerBinary:
         """Return the binary with what it says of itself; asked again when the file on disk has changed."""
         places = [os.path.join(directory, "llama-server") for directory in os.get_exec_path()]
         variable, on_path = os.environ.get("LLAMA_SERVER_PATH"), next(filter(os.path.isfile, places), None)
         engine = (sys.executable, "-m", "llmstudiod.engine") if find_spec("xllamacpp") else None
-        found = chosen_binary(setting=settings.llama_server, variable=variable, on_path=on_path, engine=engine)
+        found = about.chosen_binary(setting=settings.llama_server, variable=variable, on_path=on_path, engine=engine)
         real = os.path.realpath(found.argv[0])
+        about.refuse_program(found, *looked_at(real), is_sandboxed=True)
         # A backend or a driver that is installed later brings devices, and the binary stays the same.
         backends = [*Path("/usr/lib").glob("*/ggml/backends*"), *Path(real).parent.glob("libggml*")]
         nodes = tuple(_gpu_nodes())
@@ -90,15 +92,15 @@ class Units:
         if kept and kept.get("identity") == seen:
             return ServerBinary.from_dict(kept["binary"])
         # It sees every GPU, and may execute what it likes, but in the sandbox.
-        asked = [_with_groups(replace(question([*found.argv, flag]), devices=nodes)) for flag in QUESTIONS]
-        answers = dict(zip(QUESTIONS, map(self._ask, asked), strict=True))
+        asked = [_with_groups(replace(question([*found.argv, flag]), devices=nodes)) for flag in about.QUESTIONS]
+        answers = dict(zip(about.QUESTIONS, map(self._ask, asked), strict=True))
         _, libraries = self._ask(question(["/usr/bin/ldd", real]))
-        paths = (*executables(real, libraries), *((sys.prefix,) if found.is_engine else ()))
-        binary = replace(described(found, answers), executables=paths)
+        paths = (*about.executables(real, libraries), *((sys.prefix,) if found.is_engine else ()))
+        binary = replace(about.described(found, answers), executables=paths)
         self._store.keep("binary.json", {"identity": seen, "binary": binary.as_dict()})
         return binary
 
-    def _ask(self, wanted: LaunchRequest) -> Answer:
+    def _ask(self, wanted: LaunchRequest) -> about.Answer:
         unit = f"llmstudio-question-{os.getpid()}-{next(self._numbers)}.service"
         return _run(*question_argv(wanted, unit=unit, timeout_s=QUESTION_TIMEOUT_S))
 
@@ -124,7 +126,7 @@ def stop_unit(model_id: str, *, is_forced: bool) -> None:
         raise LauncherError(output.strip() or f"systemctl ended with {code}")
 
 
-def _run(*argv: str) -> Answer:
+def _run(*argv: str) -> about.Answer:
     """Run a command of systemd's; return its exit code and what it printed."""
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:

@@ -96,8 +96,8 @@ complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l mmproj -r -F -d
 complete -c llmstudioctl -n __llmstudioctl_key -a add -d 'make a key and print it, once'
 complete -c llmstudioctl -n __llmstudioctl_key -a list -d 'list the keys, without their secrets'
 complete -c llmstudioctl -n __llmstudioctl_key -a revoke -d 'take a key away'
-complete -c llmstudioctl -n '__llmstudioctl_key add' -l admin -d 'it may administer'
-complete -c llmstudioctl -n '__llmstudioctl_key add' -l metrics -d 'it may read the metrics'
+complete -c llmstudioctl -n '__llmstudioctl_key add' -l admin -d 'it may administer over TCP, once this version can'
+complete -c llmstudioctl -n '__llmstudioctl_key add' -l metrics -d 'it may read the metrics, once there are some'
 complete -c llmstudioctl -n '__llmstudioctl_key add' -l models -x -a '(__llmstudioctl_names id list)' -d 'it may use these models alone'
 complete -c llmstudioctl -n '__llmstudioctl_key add' -l expires -x -d 'how long it is valid, such as 30d'
 complete -c llmstudioctl -n '__llmstudioctl_key revoke' -a '(__llmstudioctl_names name key list)' -d key

@@ -6,6 +6,8 @@ import re
 import openai
 import pytest
 
+from llmstudiod.core.keys import hash_of
+
 # Relative: without tests/__init__.py the absolute name differs between pytest and python -m.
 from .daemon import MODELS, RECIPES, SERVICE, Daemon, unit_of  # noqa: TID252
 
@@ -207,8 +209,43 @@ def test_faulty_keys_file_lets_nobody_in(daemon: Daemon) -> None:
         assert curl(daemon, "http://127.0.0.1:8080/v1/models")[0] == 401
         assert curl(daemon, "http://127.0.0.1:8080/health")[0] == 200
         assert "the keys file is not valid JSON" in daemon.host.journal(SERVICE)
+        check = daemon.host.run("llmstudioctl", "check", check=False)
+        assert (check.returncode, "/etc/llmstudio/keys" in check.stdout) == (3, True)
+        for words in (["list"], ["add", "new"], ["revoke", "old"]):  # what it holds is not lost
+            done = daemon.host.run("llmstudioctl", "key", *words, check=False)
+            assert (done.returncode, "is not valid JSON" in done.stderr) == (3, True), done
+        assert daemon.host.run("cat", "/etc/llmstudio/keys").stdout == "[{]"
+        daemon.host.write("/etc/llmstudio/keys", "[]")
+        daemon.host.run("chown", "nobody", "/etc/llmstudio/keys")
+        daemon.systemctl("reload", SERVICE)
+        assert "expected root alone to write it" in daemon.host.run("llmstudioctl", "check", check=False).stdout
+        assert curl(daemon, "http://127.0.0.1:8080/v1/models")[0] == 401
     finally:
         daemon.host.run("rm", "/etc/llmstudio/keys")
+
+
+def test_keys_that_systemd_hands_over_are_not_ours_to_write(daemon: Daemon) -> None:
+    """They count; nobody is told that a key is made or revoked that is not."""
+    secret = "llms-" + "x" * 40
+    key = {"name": "boss", "hash": hash_of(secret)}
+    daemon.host.write("/root/keys", json.dumps([key]))
+    drop_in = "/etc/systemd/system/llmstudiod.service.d/keys.conf"
+    daemon.host.write(drop_in, "[Service]\nLoadCredential=keys:/root/keys\n")
+    daemon.systemctl("daemon-reload")
+    try:
+        daemon.listen()
+        url = "http://127.0.0.1:8080/v1/models"
+        assert curl(daemon, url)[0] == 401
+        assert curl(daemon, "-H", f"x-api-key: {secret}", url)[0] == 200
+        assert "boss" in daemon.ctl("key", "list")
+        for words in (["add", "new"], ["revoke", "boss"]):
+            done = daemon.host.run("llmstudioctl", "key", *words, check=False)
+            assert (done.returncode, "LoadCredential" in done.stderr) == (3, True), done
+        assert curl(daemon, "-H", f"x-api-key: {secret}", url)[0] == 200
+        assert not daemon.host.path("/etc/llmstudio/keys").exists()
+    finally:
+        daemon.host.run("rm", drop_in)
+        daemon.systemctl("daemon-reload")
 
 
 def test_group_of_administrators_administers(daemon: Daemon) -> None:

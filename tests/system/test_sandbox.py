@@ -71,10 +71,12 @@ print("PROBE" + json.dumps({
 """
 FORBIDDEN_FILES = [
     f"{MODELS}/tiny.gguf", f"{MODELS}/probe.gguf", f"{RECIPES}/probe.yaml", "/etc/llmstudio/llmstudiod.yaml",
-    "/srv/secret", "/root/secret", "/home/user/secret", "/proc/1/environ", "/etc/shadow",
+    "/srv/secret", "/root/secret", "/home/user/secret", "/proc/1/environ", "/etc/shadow", "/models/other.gguf",
+    "/data/llm/other.gguf", "/mnt/secret", "/opt/secret", "/var/log/dpkg.log",
 ]  # fmt: skip
 FORBIDDEN_DIRECTORIES = [
-    "/root", "/srv", "/var/lib/llmstudio", "/etc/llmstudio", "/var/cache/private/llmstudio-models/tiny",
+    "/root", "/srv", "/models", "/data/llm", "/opt", "/var/log", "/var/lib/llmstudio", "/etc/llmstudio",
+    "/var/cache/private/llmstudio-models/tiny",
 ]  # fmt: skip
 FORBIDDEN_SOCKETS = [
     "/run/llmstudio-models/tiny/llama.sock", "/run/llmstudio/admin.sock", "/run/dbus/system_bus_socket",
@@ -90,10 +92,11 @@ def seen(base_tree: Path, gguf_dir: Path) -> Iterator[dict[str, Any]]:
         daemon = Daemon(host)
         for name in ("tiny", "probe"):
             host.put(gguf_dir / "tiny.gguf", f"{MODELS}/{name}.gguf")
-        for path in ("/srv/secret", "/root/secret", "/home/user/secret"):
-            host.write(path, "secret")
+        for path in FORBIDDEN_FILES:
+            if "secret" in path or "other" in path:
+                host.write(path, "secret")
         daemon.put_recipe({"id": "probe", "model_path": f"{MODELS}/probe.gguf"})
-        daemon.use_settings(log_level="info")
+        daemon.use_settings(log_level="info", model_dirs=[MODELS, "/models", "/data/llm"])
         host.run("sh", "-c", f"mkdir -p {Path(PYTHON).parent} && cp -L /usr/bin/python3 {PYTHON}")
         daemon.listen()
         daemon.chat("tiny")

@@ -48,6 +48,7 @@ LOAD_S = 3.0
 """Seconds from the start of a unit until it is ready, unless a test scripts it otherwise."""
 
 OOM = Failure("oom_vram", "the GPU's memory is too small for it", "lower n_gpu_layers", ("cudaMalloc failed",))
+EXITED = Failure("exited", "it ended by itself without an error")
 CRASH = Failure("crash", "llama-server crashed (signal 11)")
 NEVER_CUTS = {StopCause.EVICT, StopCause.IDLE, StopCause.ABANDONED, StopCause.RECIPE}
 """Causes for which no request in flight may be cut short."""

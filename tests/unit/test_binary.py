@@ -4,12 +4,14 @@ import importlib.util
 import os
 import select
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llmstudiod.adapters.binary import check_argv, probe_binary
 from llmstudiod.adapters.find_binary import find_binary
+from llmstudiod.core.binary_answers import refuse_program
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import BinaryError
 from tests.unit.fake_server import calls, write_program
@@ -78,6 +80,17 @@ def test_named_binary_that_will_not_do_is_told(path: str, words: str, hint: str,
         find_binary(*((path, {}) if source == "llama_server" else (None, {"LLAMA_SERVER_PATH": path})))
     assert caught.value.message == f"{source}: {words}"
     assert hint in str(caught.value.hint)
+
+
+def test_script_is_refused_where_it_could_start_nothing() -> None:
+    """The sandbox executes the program alone; without one a wrapper does."""
+    found = ServerBinary(("/opt/wrapper.sh",), "llama_server")
+    refuse_program(found, 0o755, b"#!", is_sandboxed=False)
+    refuse_program(found, 0o755, b"\x7fE", is_sandboxed=True)
+    with pytest.raises(BinaryError, match=r"found the script '/opt/wrapper.sh'") as caught:
+        refuse_program(found, 0o755, b"#!", is_sandboxed=True)
+    assert "name the program that it starts" in str(caught.value.hint)
+    refuse_program(replace(found, is_engine=True), 0o755, b"#!", is_sandboxed=True)
 
 
 async def test_binary_tells_version_flags_and_devices(program: Path) -> None:

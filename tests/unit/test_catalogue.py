@@ -109,7 +109,9 @@ def test_unknown_name_gets_a_suggestion() -> None:
     assert caught.value.hint == "did you mean llama3-8b?"
     with pytest.raises(ModelNotFoundError) as caught:
         catalogue.resolve("zzz")
-    assert caught.value.hint == "`llmstudioctl list` or GET /v1/models lists the models"
+    assert caught.value.hint == (
+        "`llmstudioctl list` or GET /v1/models lists the models; a new file counts after `systemctl reload llmstudiod`"
+    )
 
 
 def test_faulty_recipe_is_the_hint() -> None:

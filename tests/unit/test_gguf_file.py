@@ -140,8 +140,8 @@ def test_large_vocabulary_is_read_quickly_and_without_holding_it(tmp_path: Path)
 HUGE = 1 << 60
 HOSTILE = {
     "empty": (b"", "is 0 B and ends inside its header: the magic needs 4 bytes"),
-    "another format": (b"\x89PNG\r\n\x1a\n", "starts with b'\\x89PNG', expected b'GGUF'"),
-    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "it starts with b'vers'"),
+    "another format": (b"\x89PNG\r\n\x1a\n", "is not GGUF: it does not begin with these letters"),
+    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is not GGUF but a pointer of git-lfs"),
     "version 0": (packed(version=0), "is GGUF version 0"),
     "version 1": (packed(version=1), "is GGUF version 1, which llama.cpp no longer reads, expected 2 or 3"),
     "version 4": (packed(version=4), "is GGUF version 4, expected 2 or 3"),

@@ -1,11 +1,13 @@
 """API keys: what their file may hold, whose a secret is, and what a key may do."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmstudiod.adapters.key_file import read_keys
 from llmstudiod.core.errors import ConfigError
 from llmstudiod.core.keys import Key, hash_of, holder, parse_keys, write_keys
 
@@ -22,6 +24,17 @@ def test_keys_are_read_as_they_were_written() -> None:
     text = write_keys(keys)
     assert parse_keys(text) == keys
     assert "one" not in text
+
+
+def test_file_that_another_could_have_written_is_refused(tmp_path: Path) -> None:
+    """Whoever can write it could let anybody in."""
+    path = tmp_path / "keys"
+    path.write_text("[]")
+    assert read_keys(path) == ()
+    path.chmod(0o660)
+    with pytest.raises(ConfigError, match="expected root alone to write it") as caught:
+        read_keys(path)
+    assert "chmod 640" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("text", ["", " \n", "[]"])

@@ -91,6 +91,35 @@ def test_faulty_recipe_is_not_replaced_by_defaults(place: Place) -> None:
     assert f"{place.recipes}/tiny.yaml:2: threads: expected a whole number" in str(caught.value.hint)
 
 
+def test_model_of_a_faulty_recipe_is_not_served_under_its_file_name(place: Place) -> None:
+    """Nor without the limits that its author wanted; each of its names tells the fault."""
+    write_model(place.models / "Big.gguf")
+    text = f"{{id: big-q4, model_path: {place.models}/Big.gguf, aliases: [gpt-4o], limits: {{memory_max: lots}}}}"
+    place.recipe("mine", text)
+    catalogue = place.load()
+    assert dict(catalogue.entries) == {}
+    for name in ("big-q4", "gpt-4o"):
+        with pytest.raises(ModelNotFoundError) as caught:
+            catalogue.resolve(name)
+        assert "limits.memory_max: expected a size" in str(caught.value.hint)
+
+
+def test_link_to_a_file_that_is_no_model_is_told_as_such(place: Place, tmp_path: Path) -> None:
+    """Nobody is advised to open it, and nothing of it is told."""
+    secret = tmp_path / "shadow"
+    secret.write_text("root:$6$")
+    secret.chmod(0o640)
+    (place.models / "x.gguf").symlink_to(secret)
+    catalogue = place.load()
+    (fault,) = catalogue.faults
+    assert fault.message == f"expected a file in the model directories, found a link to '{secret}'"
+    assert "chmod" not in str(fault)
+    with pytest.raises(ModelNotFoundError) as caught:
+        catalogue.resolve("x")
+    assert "found a link to" in str(caught.value.hint)
+    assert "recipe is faulty" not in str(caught.value.hint)
+
+
 def test_link_out_of_the_model_directories_is_told(place: Place, tmp_path: Path) -> None:
     """Whoever may write a model directory cannot have any file served; a recipe can."""
     target = write_model(tmp_path / "private" / "secret.gguf")
@@ -130,7 +159,7 @@ def test_damaged_file_is_told_and_asking_for_it_says_why(place: Place) -> None:
     assert set(catalogue.entries) == {"good"}
     (fault,) = catalogue.faults
     assert (fault.file, fault.severity) == (str(place.models / "Bad File.gguf"), Severity.WARNING)
-    assert fault.message == "is not GGUF: it starts with b'junk', expected b'GGUF'"
+    assert fault.message == "is not GGUF: it does not begin with these letters"
     with pytest.raises(ModelNotFoundError) as caught:
         catalogue.resolve("bad-file")
     assert "is not GGUF" in str(caught.value.hint)

@@ -218,6 +218,7 @@ def test_auto_recipes_may_be_off(store: Store, etc: Path) -> None:
     [
         (b"root:x:0:0", 0o644, False, "expected a GGUF file, found another"),
         (b"", 0o644, False, "expected a GGUF file, found another"),
+        (b"root:x:0:0", 0o640, False, "expected a GGUF file, found another"),  # and no advice to open it
         (b"GGUF", 0o640, False, "has mode 0640: the model's own user may not read it"),
         (b"a\0b", 0o644, True, "expected a text of at most 1 MiB"),
         (b"x" * ((1 << 20) + 1), 0o644, True, "expected a text of at most 1 MiB"),

@@ -19,7 +19,7 @@ from llmstudiod.core.events import (
 )
 from llmstudiod.core.lifecycle import State, StopCause
 from llmstudiod.core.scheduler import BACK_OFF_S, OVERTAKE_S, STABLE_S
-from tests.unit.scheduler_world import LOAD_S, OOM, Place, one_of, ready, spec, world_of
+from tests.unit.scheduler_world import EXITED, LOAD_S, OOM, Place, one_of, ready, spec, world_of
 
 # Operators
 
@@ -305,6 +305,28 @@ def test_crash_without_waiters_starts_nothing() -> None:
     assert world.state("a") is State.FAILED
     world.advance(1000.0)
     assert world.started() == ["a"]
+
+
+def test_stop_by_hand_is_no_failure() -> None:
+    """`systemctl stop` of the unit or the slice: stopped, no pause, and who waits gets a fresh start."""
+    world = ready(world_of([spec("a", concurrency_limit=1)]), "a")
+    world.advance(5.0)
+    world.crash("a", EXITED)
+    assert (world.state("a"), world.view("a").failure) == (State.STOPPED, None)
+    assert world.view("a").story[-1].cause == "stopped by hand"
+    world.ask("a")
+    waiting = world.ask("a")
+    world.advance(LOAD_S + 5.0)
+    world.crash("a", EXITED)
+    world.advance(LOAD_S)
+    assert world.tickets[waiting].run == world.starts[2].run
+
+
+def test_server_that_ends_as_soon_as_it_is_ready_has_failed() -> None:
+    """Nobody stopped it: it would be started for ever."""
+    world = ready(world_of([spec("a")]), "a")
+    world.crash("a", EXITED)
+    assert world.state("a") is State.FAILED
 
 
 def test_requests_of_an_old_run_do_not_disturb_the_new_one() -> None:

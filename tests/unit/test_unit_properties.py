@@ -1,5 +1,6 @@
 """The transient unit's command line, without systemd."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,29 @@ def test_what_may_be_executed(executables: tuple[str, ...], expected: dict[str, 
     request = replace(REQUEST, executables=executables)
     assert value_of("NoExecPaths", request) == ["/"]
     assert {name: value_of(name, request) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("hidden", "executables", "argv", "seen", "unseen"),
+    [
+        (("/models", "/data/llm/"), ("/usr/bin/x",), (), [], ["/models", "/data/llm", "/opt", "/mnt", "/var/log"]),
+        (("/models",), ("/opt/llama/bin", "-/srv/lib"), (), ["/opt", "/srv"], ["/models", "/mnt"]),
+        (("/", "/usr", "/var", "/etc", "/run/x", "/opt/llama"), ("/opt/llama/bin/x",), (),
+         ["/", "", "/usr", "/var", "/etc", "/opt", "/opt/llama"], ["/run/x"]),
+        (("/models",), (), ("/opt/llama/bin/x",), ["/opt", "/models"], ["/srv", "/var/lib/llmstudio"]),
+        (("/a b",), ("/usr/bin/x",), (), [], ["/a b"]),
+    ],
+)  # fmt: skip
+def test_directories_that_cannot_be_seen(
+    hidden: tuple[str, ...], executables: tuple[str, ...], argv: tuple[str, ...], seen: list[str], unseen: list[str]
+) -> None:
+    """Models, recipes and whatever others may have put somewhere; never the system, or the program itself."""
+    request = replace(REQUEST, hidden=hidden, executables=executables, argv=argv or REQUEST.argv)
+    (value,) = value_of("InaccessiblePaths", request)
+    told = [word.removeprefix("-") for word in shlex.split(value)]
+    assert set(told) >= {"/etc/llmstudio", "/var/lib/llmstudio", *unseen}
+    assert not set(told) & set(seen)
+    assert len(shlex.split(value)) == sum(word.startswith("-") for word in shlex.split(value))
 
 
 GPU = replace(REQUEST, devices=("/dev/nvidiactl", "/dev/nvidia3"), device_groups=("render",))
