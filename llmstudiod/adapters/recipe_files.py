@@ -3,6 +3,8 @@
 A faulty recipe is left out and told with file, line and key; the others are served. Nothing here raises for bad input.
 """
 
+import shlex
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +25,37 @@ def load_recipes(directory: Path) -> LoadedRecipes:
         return LoadedRecipes((), ())
     except OSError as error:
         return LoadedRecipes((), (Fault(f"cannot read the directory: {error.strerror}", file=str(directory)),))
-    parts = [load_recipe_file(path) for path in files]
+    parts = [_distrusted(path) or load_recipe_file(path) for path in files]
     return LoadedRecipes(
         tuple(entry for part in parts for entry in part.entries),
         tuple(fault for part in parts for fault in part.faults),
     )
+
+
+def _distrusted(path: Path) -> LoadedRecipes | None:
+    """Return the faults of a file that another could have written; None where root's directory holds root's file.
+
+    The launcher will not start such a recipe, so nobody should see it as a good one.
+    """
+    try:
+        above, status = path.parent.stat(), path.lstat()
+    except OSError:
+        return None  # reading it tells
+    if above.st_uid != 0:  # a directory of one's own, in development
+        return None
+    found = f"uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
+    if stat.S_ISLNK(status.st_mode):
+        message, hint = "expected a file, found a symbolic link", "put the file itself there"
+    elif status.st_uid != 0:
+        message, hint = f"expected root to own it, found {found}", f"chown root {shlex.quote(str(path))}"
+    elif status.st_mode & 0o022:
+        message, hint = f"expected nobody but root to write it, found {found}", f"chmod go-w {shlex.quote(str(path))}"
+    else:
+        return None
+    fault = Fault(message, str(path), hint=f"{hint}, then `systemctl reload llmstudiod`", recipe_id=path.stem)
+    recipes = [entry.recipe for entry in load_recipe_file(path).entries]
+    named = [replace(fault, recipe_id=each.id, claims=(*each.names, each.model_path)) for each in recipes]
+    return LoadedRecipes((), tuple(named) or (fault,))
 
 
 def load_recipe_file(path: Path) -> LoadedRecipes:

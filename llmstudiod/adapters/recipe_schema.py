@@ -86,7 +86,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "sandbox.network": "none; loopback: one of its own; host: the host's network.",
     "sandbox.writable_code": "Memory both writable and executable, which drivers that compile for the CPU need.",
     "sandbox.scheduling": "Its own priorities and CPU affinity: --prio, --cpu-mask.",
-    "sandbox.shared_ipc": "The host's /tmp and IPC, which CUDA's MPS needs.",
+    "sandbox.shared_ipc": "The host's IPC and /tmp/nvidia-mps, which CUDA's MPS needs.",
     "lora.path": "A GGUF file.",
     "lora.scale": "The weight with which it is applied.",
 }

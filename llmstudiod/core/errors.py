@@ -22,6 +22,10 @@ class LlmstudioError(Exception):
         self.hint = hint
         self.details: dict[str, Any] = dict(details or {})
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what it says as JSON holds it."""
+        return {"kind": self.kind, "message": self.message, "hint": self.hint, "details": self.details}
+
     @property
     def retry_after_s(self) -> int | None:
         """Seconds after which the same request may succeed, or None when waiting does not help."""

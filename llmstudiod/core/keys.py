@@ -63,7 +63,7 @@ def parse_keys(text: str) -> tuple[Key, ...]:
         ConfigError: It is not one; nobody is let in then, rather than everybody.
     """
     try:
-        raw = json.loads(text) if text.strip() else []
+        raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the keys file is not valid JSON: {error}", hint=_HINT) from None
     if not isinstance(raw, list) or len(raw) > MAX_KEYS:

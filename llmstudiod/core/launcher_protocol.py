@@ -21,6 +21,7 @@ MAX_REQUEST_BYTES = (1 << 20) + (1 << 18)  # a recipe file of its largest size, 
 _ID = re.compile(ID_PATTERN)
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _GPU = re.compile(r"(GPU|MIG)-[0-9A-Za-z/-]{1,80}")
+_RECIPE_NAME = re.compile(r"[^.].*\.(yaml|yml|json)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.(yaml|yml|json)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -163,6 +164,12 @@ def _path(value: object) -> object:
     return value if is_short and not _CONTROL.search(value) and posixpath.normpath(value) == value else _WRONG
 
 
+def _recipe_path(value: object) -> object:
+    """A file that was put aside, by its name, is no recipe."""
+    is_recipe = isinstance(value, str) and _RECIPE_NAME.fullmatch(posixpath.basename(value))
+    return _path(value) if is_recipe else _WRONG
+
+
 def _optional(check: Callable[[object], object]) -> Callable[[object], object]:
     return lambda value: None if value is None else check(value)
 
@@ -188,7 +195,7 @@ def _text(value: object) -> object:
 _CHECKS: Mapping[str, tuple[str, Callable[[object], object]]] = {
     "id": (f"an id ({ID_PATTERN})", _matching(_ID)),
     "hash": ("sha256: and 64 hexadecimal digits", _matching(_HASH)),
-    "file": ("the absolute path of a recipe file, or null", _optional(_path)),
+    "file": ("the absolute path of a .yaml, .yml or .json file, or null", _optional(_recipe_path)),
     "name": ("the name of a .yaml, .yml or .json file without a directory", _matching(_FILE_NAME)),
     "model": ("the absolute path of a model file", _path),
     "n_ctx_train": ("a whole number from 1 to 2^31, or null", _optional(_whole(1, 1 << 31))),

@@ -84,7 +84,7 @@ class Sandbox:
 
     ``network``: a loopback of its own, or the host's network. ``writable_code``: memory both writable and executable,
     which drivers that compile for the CPU need. ``scheduling``: its own priorities and CPU affinity (``--prio``,
-    ``--cpu-mask``, ``--numa``). ``shared_ipc``: the host's /tmp and IPC, which CUDA's MPS needs.
+    ``--cpu-mask``, ``--numa``). ``shared_ipc``: the host's IPC and /tmp/nvidia-mps, which CUDA's MPS needs.
     """
 
     network: Literal["none", "loopback", "host"] = "none"

@@ -3,13 +3,16 @@
 Pure, and made again by the launcher, whatever the daemon has checked.
 """
 
+import hashlib
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
 from llmstudiod.core.flags import why_denied
+from llmstudiod.core.launcher_protocol import Launch
+from llmstudiod.core.model_names import id_from_stem
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, recipe_hash
+from llmstudiod.core.settings import Settings
 
 _BY_HAND = "write the file by hand, as root"
 
@@ -31,28 +34,77 @@ def wanted_recipe(loaded: LoadedRecipes, *, model: str, expected_hash: str, file
     return recipe
 
 
-def refuse_put(new: LoadedRecipes, old: LoadedRecipes | None, outside: Iterable[Fault]) -> None:
-    """Refuse a recipe file that came over HTTP; ``old`` is what it would replace, ``outside`` its files elsewhere.
+def unnamed_recipe(launch: Launch, settings: Settings, resolved: Callable[[str], str]) -> Recipe:
+    """Return the recipe of a model that is served without a file.
+
+    Raises:
+        AccessDeniedError: Such models are not served, or this is none; ``resolved`` follows the links of a path.
+    """
+    recipe = Recipe(id=launch.id, model_path=launch.model)
+    stem = posixpath.basename(launch.model).rpartition(".")[0]
+    if not settings.auto_recipes or recipe_hash(recipe) != launch.hash or id_from_stem(stem) != launch.id:
+        raise AccessDeniedError(f"'{launch.model}' is not served without a recipe as '{launch.id}'")
+    if faults := files_outside(recipe, settings.model_dirs, resolved):
+        raise AccessDeniedError(str(faults[0]))
+    return recipe
+
+
+def refuse_place(file: str, settings: Settings, *, exists: bool) -> None:
+    """Refuse a recipe file that is elsewhere, or gone.
+
+    Raises:
+        AccessDeniedError: It does not lie in the recipes directory.
+        ConfigError: It is not there any more.
+    """
+    if posixpath.dirname(file) != posixpath.normpath(settings.recipes_dir):
+        raise AccessDeniedError(f"'{file}' does not lie in the recipes directory, {settings.recipes_dir}")
+    if not exists:
+        raise ConfigError(f"there is no '{file}' any more, so its recipe is not started")
+
+
+def may_be_older(copy: Recipe, read: Callable[[], LoadedRecipes]) -> bool:
+    """Return whether a recipe may be started from its copy although its file has changed; ``read`` reads the file.
+
+    What only a person may give counts no longer than its file says so: a relaxation that was taken back is over. A
+    file that is being edited, and faulty meanwhile, takes nothing back.
+    """
+    return not refused_over_http(copy) or all(entry.recipe.id != copy.id for entry in read().entries)
+
+
+def refuse_put(
+    new: LoadedRecipes, others: Iterable[LoadedRecipes], model_dirs: Sequence[str], resolved: Callable[[str], str]
+) -> None:
+    """Refuse a recipe file that came over HTTP.
+
+    ``others`` are the other files of the directory; ``resolved`` follows the links of a path.
 
     Raises:
         AccessDeniedError: What is wrong, all of it.
     """
-    faults = [*new.faults, *(fault for entry in new.entries for fault in refused_over_http(entry.recipe)), *outside]
-    there = "the file that is there was written by hand: "
-    faults += [replace(fault, message=there + fault.message) for fault in _by_hand(old)]
+    faults = list(new.faults)
+    for entry in new.entries:
+        faults += [*refused_over_http(entry.recipe), *files_outside(entry.recipe, model_dirs, resolved)]
+    taken = {name for other in others for name in _names(other)}
+    mine = dict.fromkeys(name for entry in new.entries for name in entry.recipe.names)
+    faults += [Fault(f"expected a name that is free, found '{name}'") for name in mine if name in taken]
     if faults or not new.entries:
         told = "; ".join(str(fault) for fault in faults[:10]) or "it holds no recipe"
         raise AccessDeniedError(f"the recipe cannot be written: {told}", hint=_BY_HAND)
 
 
-def refuse_delete(old: LoadedRecipes, file: str) -> None:
-    """Refuse to delete what did not come over HTTP.
+def refuse_foreign(path: str, raw: bytes, written: object) -> None:
+    """Refuse to touch a file that is not, byte for byte, what the launcher wrote; ``written`` is its `digest`.
 
     Raises:
-        AccessDeniedError: It holds what only a person can have written, or several recipes.
+        AccessDeniedError: A person wrote it.
     """
-    if _by_hand(old) or len(old.entries) != 1:
-        raise AccessDeniedError(f"'{file}' was written by hand", hint="remove the file by hand, as root")
+    if written != digest(raw):
+        raise AccessDeniedError(f"'{path}' was written by hand", hint=f"{_BY_HAND}, or remove it")
+
+
+def digest(raw: bytes) -> str:
+    """Return what tells a file's content from any other."""
+    return hashlib.sha256(raw).hexdigest()
 
 
 def refused_over_http(recipe: Recipe) -> list[Fault]:
@@ -87,8 +139,11 @@ def files_outside(recipe: Recipe, model_dirs: Sequence[str], resolved: Callable[
     return [Fault(f"{expected}, found '{real}'", key=field) for field, real in places if not is_inside(real, real_dirs)]
 
 
-def _by_hand(old: LoadedRecipes | None) -> list[Fault]:
-    return [fault for entry in (old.entries if old else ()) for fault in refused_over_http(entry.recipe)]
+def _names(loaded: LoadedRecipes) -> Iterator[str]:
+    for entry in loaded.entries:
+        yield from entry.recipe.names
+    for fault in loaded.faults:
+        yield from filter(None, (fault.recipe_id, *fault.claims))
 
 
 def _refused(recipe: Recipe) -> Iterator[Fault]:

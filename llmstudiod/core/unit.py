@@ -37,6 +37,7 @@ _ALWAYS: Mapping[str, str] = {
     "RestrictSUIDSGID": "yes",
     "LockPersonality": "yes",
     "RemoveIPC": "yes",
+    "PrivateTmp": "yes",
     "KeyringMode": "private",
     "SystemCallArchitectures": "native",
     "SystemCallErrorNumber": "EPERM",
@@ -90,11 +91,13 @@ def sandbox_properties(request: LaunchRequest) -> list[str]:
     properties += [f"DeviceAllow={device} rw" for device in request.devices]
     properties += [f"SupplementaryGroups={' '.join(request.device_groups)}"] if request.device_groups else []
     properties.append(f"MemoryDenyWriteExecute={_yes(not sandbox.writable_code)}")
-    properties += [f"{name}={_yes(not sandbox.shared_ipc)}" for name in ("PrivateIPC", "PrivateTmp")]
+    properties.append(f"PrivateIPC={_yes(not sandbox.shared_ipc)}")
     # Two lines of one filter: an allow-list, then what is taken out of it again.
     filtered = "~@privileged" if sandbox.scheduling else "~@privileged @resources"
     properties += ["SystemCallFilter=@system-service", f"SystemCallFilter={filtered}"]
     properties += [f"BindReadOnlyPaths={_quote(file.host)}:{_quote(file.inside)}" for file in request.files]
+    if sandbox.shared_ipc:  # DynamicUser= keeps a /tmp of its own whatever is asked for
+        properties.append("BindPaths=-/tmp/nvidia-mps")
     if request.devices:  # TemporaryFileSystem=/run hides its socket, which keeps the driver loaded
         properties.append("BindPaths=-/run/nvidia-persistenced")
     hidden = " ".join(_quote(f"-{path}") for path in hidden_paths(request))

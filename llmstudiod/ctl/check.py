@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 
 from llmstudiod.adapters.documents import read_document
+from llmstudiod.adapters.find_binary import find_binary
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.program import LocalProgram
-from llmstudiod.adapters.recipe_files import load_recipe_file
+from llmstudiod.adapters.recipe_files import load_recipe_file, load_recipes
 from llmstudiod.adapters.settings_file import load_settings
+from llmstudiod.core.catalogue import build_catalogue
 from llmstudiod.core.errors import BinaryError, LlmstudioError
-from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
+from llmstudiod.core.recipe import Fault, LoadedRecipes, RecipeEntry, Severity
 from llmstudiod.core.settings import DEFAULT_FILE, Settings
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 
@@ -23,9 +25,12 @@ def check_files(files: list[Path]) -> list[Fault]:
     entries: list[RecipeEntry] = []
     for file in files:
         if _holds_settings(file):
-            faults += load_settings(file).faults
+            loaded_settings = load_settings(file)
+            faults += loaded_settings.faults
+            faults += _binary_faults(loaded_settings.settings, file)
             continue
         loaded = load_recipe_file(file)
+        faults += _faults_of_place(file, loaded)
         faults += loaded.faults
         entries += loaded.entries
         faults += [warning for entry in loaded.entries for warning in entry.warnings]
@@ -42,9 +47,36 @@ def _holds_settings(file: Path) -> bool:
     return bool(keys & own) and "model_path" not in keys
 
 
+def _binary_faults(settings: Settings, file: Path) -> list[Fault]:
+    if settings.llama_server is None:
+        return []
+    try:
+        find_binary(settings.llama_server, {})
+    except BinaryError as error:
+        return [Fault(error.message, str(file), key="llama_server", hint=error.hint)]
+    return []
+
+
+def _faults_of_place(file: Path, loaded: LoadedRecipes) -> list[Fault]:
+    """Return what only matters where a recipe is in force: who may write it, and whose names it takes."""
+    settings = _settings()
+    directory = Path(settings.recipes_dir)
+    if file.absolute().parent != directory:
+        return []
+    others = load_recipes(directory)
+    known = {(fault.file, fault.line, fault.key) for fault in loaded.faults}
+    everything = build_catalogue(others.entries, others.faults).faults
+    names = {str(file), str(file.absolute())}
+    return [fault for fault in everything if fault.file in names and (fault.file, fault.line, fault.key) not in known]
+
+
+def _settings() -> Settings:
+    return load_settings(SETTINGS_FILE).settings if os.access(SETTINGS_FILE, os.R_OK) else Settings()
+
+
 async def _plan(entries: list[RecipeEntry]) -> list[Fault]:
     """Make each recipe's plan without carrying it out."""
-    settings = load_settings(SETTINGS_FILE).settings if os.access(SETTINGS_FILE, os.R_OK) else Settings()
+    settings = _settings()
     planner = Planner(settings, SubprocessLauncher(Path(settings.runtime_dir)), LocalProgram(settings, os.environ))
     faults = []
     for entry in entries:

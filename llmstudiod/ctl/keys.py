@@ -16,7 +16,7 @@ def add(client: Client, arguments: argparse.Namespace) -> int:
         "name": arguments.name,
         "admin": arguments.admin,
         "metrics": arguments.metrics,
-        "models": [name for part in arguments.models or [] for name in part.split(",") if name],
+        "models": None if arguments.models is None else [name for part in arguments.models for name in part.split(",")],
         "expires": arguments.expires,
     }
     key = client.post("keys", body=wanted)
@@ -45,6 +45,8 @@ def listing(client: Client, arguments: argparse.Namespace) -> int:
 def revoke(client: Client, arguments: argparse.Namespace) -> int:
     """Take a key away; requests that come later are refused."""
     answer = client.delete("keys", arguments.name)
+    for warning in answer["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     print(json.dumps(answer) if arguments.json else f"'{arguments.name}' is revoked")
     return 0
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from llmstudiod.core.errors import AccessDeniedError, AuthenticationError
 from llmstudiod.core.keys import Key, holder
 
+_SCHEMES = ("http", "https")
 LOOPBACK_NAMES = frozenset({"localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"})
 
 
@@ -120,7 +121,7 @@ class Access:
             if is_safe or headers.get("Sec-Fetch-Site", "none") in {"none", "same-origin"}:
                 return
             origin = "another site"
-        elif self.allowed_origin(origin) or origin.partition("://")[2] == headers.get("Host"):
+        elif self.allowed_origin(origin) or origin in {f"{scheme}://{headers.get('Host')}" for scheme in _SCHEMES}:
             return
         raise AccessDeniedError(
             f"a web page of '{origin[:100]}' may not use this endpoint",

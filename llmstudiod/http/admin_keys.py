@@ -1,5 +1,6 @@
 """The admin interface's routes for API keys. A secret is told once, when it is made; only its hash is kept."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -31,6 +32,7 @@ class AdminKeys:
         self._keys = keys
         self._put = put
         self._model_names = model_names
+        self._lock = asyncio.Lock()  # between reading them and writing them nobody else may
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes."""
@@ -47,6 +49,11 @@ class AdminKeys:
         raw = await _object(request)
         secret = new_secret()
         key = _key(raw, hash_of(secret))
+        async with self._lock:
+            warnings = await self._put_new(key)
+        return json_response({**_shown(key), "secret": secret, "warnings": warnings}, status=201)
+
+    async def _put_new(self, key: Key) -> list[str]:
         if any(other.name == key.name for other in self._keys()):
             hint = f"`llmstudioctl key revoke {key.name}` takes it away"
             raise BadRequestError(f"name: there is a key '{key.name}' already", hint=hint)
@@ -54,15 +61,18 @@ class AdminKeys:
         if not self._keys():
             warnings.append("it is the first key: from now on every request to the endpoint needs one")
         await self._put((*self._keys(), key))
-        return json_response({**_shown(key), "secret": secret, "warnings": warnings}, status=201)
+        return warnings
 
     async def _revoke(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        keys = self._keys()
-        if all(key.name != name for key in keys):
-            raise NotFoundError(f"there is no key '{name[:100]}'", hint="`llmstudioctl key list` lists them")
-        await self._put(tuple(key for key in keys if key.name != name))
-        return json_response({"success": True, "name": name})
+        async with self._lock:
+            keys = self._keys()
+            rest = tuple(key for key in keys if key.name != name)
+            if len(rest) == len(keys):
+                raise NotFoundError(f"there is no key '{name[:100]}'", hint="`llmstudioctl key list` lists them")
+            await self._put(rest)
+        warnings = [] if rest else ["it was the last key: the endpoint is open to the programs of this machine again"]
+        return json_response({"success": True, "name": name, "warnings": warnings})
 
 
 def _shown(key: Key) -> dict[str, Any]:
@@ -90,14 +100,15 @@ def _key(raw: dict[str, Any], hashed: str) -> Key:
     known = {"name", "admin", "metrics", "models", "expires"}
     if unknown := sorted(raw.keys() - known):
         raise BadRequestError(f"there is no field '{unknown[0][:40]}'; there are {', '.join(sorted(known))}")
-    name, models, expires = raw.get("name"), raw.get("models") or [], raw.get("expires")
+    name, models, expires = raw.get("name"), raw.get("models"), raw.get("expires")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadRequestError("name: expected letters, digits and ._@-, 63 at most, beginning with a letter or digit")
     for right in ("admin", "metrics"):
         if not isinstance(raw.get(right, False), bool):
             raise BadRequestError(f"{right}: expected true or false")
-    if not isinstance(models, list) or not all(isinstance(model, str) and model for model in models):
-        raise BadRequestError("models: expected a list of names")
+    is_list = isinstance(models, list) and models and all(isinstance(model, str) and model for model in models)
+    if models is not None and not is_list:
+        raise BadRequestError("models: expected a list of at least one name, or nothing for all models")
     now = time.time()
     try:
         valid_s = 0.0 if expires is None else parse_duration_s(expires)
@@ -105,4 +116,4 @@ def _key(raw: dict[str, Any], hashed: str) -> Key:
         raise BadRequestError(f"expires: {error}") from None
     rights = {right: bool(raw.get(right, False)) for right in ("admin", "metrics")}
     until = now + valid_s if valid_s else 0.0  # 0, never and off: for ever, as elsewhere
-    return Key(name, hashed, models=tuple(models), created=now, expires=until, **rights)
+    return Key(name, hashed, models=tuple(models or ()), created=now, expires=until, **rights)

@@ -38,7 +38,7 @@ class Listing:
             case "/":
                 return web.Response(text=HOME, headers={"Server": "llmstudiod"})
             case "/health" | "/v1/health":
-                return json_response(self.health())
+                return json_response(self.health(key))
             case "/v1/models" | "/models":
                 entries = self._supervisor.catalogue.entries.values()
                 shown = [entry for entry in entries if not entry.recipe.unlisted and _may_see(key, entry)]
@@ -52,15 +52,27 @@ class Listing:
         if path.startswith("/v1/models/"):
             catalogue = self._supervisor.catalogue
             name = unquote(path[len("/v1/models/") :])
-            entry = catalogue.entries[catalogue.resolve(name)]
-            if not _may_see(key, entry):
+            try:
+                entry = catalogue.entries[catalogue.resolve(name)]
+            except ModelNotFoundError:
+                if key is None or not key.models:
+                    raise
+                entry = None
+            if entry is None or not _may_see(key, entry):
                 raise ModelNotFoundError(f"there is no model '{name[:200]}' for this key")
             return json_response(self.model(entry))
         return None
 
-    def health(self) -> dict[str, Any]:
-        """Return whether the daemon can serve, and how many models are in which state."""
-        views, catalogue = self._views(), self._supervisor.catalogue
+    def bare_health(self) -> web.Response:
+        """Return what is told to whoever may not ask anything else."""
+        is_ready = any(shown.state is State.READY for shown in self._views())
+        return json_response({"status": "ok", "inference_ready": is_ready})
+
+    def health(self, key: Key | None = None) -> dict[str, Any]:
+        """Return whether the daemon can serve, and how many models are in which state, of those that the key sees."""
+        catalogue = self._supervisor.catalogue
+        seen = {model for model, entry in catalogue.entries.items() if _may_see(key, entry)}
+        views = [shown for shown in self._views() if shown.id in seen]
         ready = [shown.id for shown in views if shown.state is State.READY]
         return {
             "status": "ok",

@@ -17,13 +17,16 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from llmstudiod.core.errors import (
     AccessDeniedError,
+    AuthenticationError,
     BadRequestError,
     BodyTooLargeError,
     LlmstudioError,
+    ModelNotFoundError,
     NotFoundError,
     UnavailableError,
     UpstreamCrashedError,
 )
+from llmstudiod.core.keys import Key
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.units import format_bytes
 from llmstudiod.http import tokens
@@ -76,9 +79,10 @@ UPSTREAM_PREFIX = "/upstream/"
 WHY_TIMEOUT_S = 1.0
 
 _ASSETS = (".ico", ".js", ".mjs", ".css", ".map", ".png", ".jpg", ".svg", ".gif", ".webp", ".woff", ".woff2", ".html")
+_NEEDS = "`llmstudioctl key add NAME {}` makes a key that may"
 _READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/health", "/v1/health"})
-"""What is told without a key: whether the daemon can serve."""
+"""What is answered whoever asks, with next to nothing: whether the daemon can serve."""
 
 
 class Proxy:
@@ -114,10 +118,14 @@ class Proxy:
         try:
             if is_preflight(request.method, request.headers):
                 return web.Response(status=204, headers=self.access.preflight_headers(request.headers))
-            if path not in OPEN_PATHS:
+            try:
                 _connection(request).key = self.access.check(
                     request.headers, local_address=local_address(request), is_safe=request.method in _READ_ONLY
                 )
+            except (AuthenticationError, AccessDeniedError):
+                if path in OPEN_PATHS and request.method in _READ_ONLY:
+                    return self._listing.bare_health()
+                raise
             return await self._route(request, path)
         except LlmstudioError as error:
             return error_response(error, path=path)
@@ -163,10 +171,15 @@ class Proxy:
     def _permitted(self, request: web.BaseRequest, name: str | None) -> str:
         """Return the model of a name, if the request's key may use it."""
         catalogue, key = self._supervisor.catalogue, _connection(request).key
-        model = catalogue.resolve(name)
+        hint = "GET /v1/models lists what it may use"
+        try:
+            model = catalogue.resolve(name)
+        except ModelNotFoundError as error:
+            if key is None or not key.models:
+                raise
+            raise ModelNotFoundError(error.message, hint=hint) from None  # close names may be none of its business
         if key is not None and not key.may_use(catalogue.entries[model].recipe.names):
-            hint = "GET /v1/models lists what it may use"
-            raise AccessDeniedError(f"the API key '{key.name}' may not use '{model}'", hint=hint)
+            raise AccessDeniedError(f"the API key '{key.name}' may not use '{str(name)[:200]}'", hint=hint)
         return model
 
     async def _forward_post(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -182,7 +195,8 @@ class Proxy:
         path, question, query = _target(request)[len(UPSTREAM_PREFIX) :].partition("?")
         name, _, rest = path.partition("/")
         target = f"/{rest}{question}{query}"
-        model = self._supervisor.catalogue.resolve(unquote(name))
+        model = self._permitted(request, unquote(name))
+        _refuse_beyond_use(_connection(request).key, request.method, unquote(rest))
         self._only_if_loaded(request, model, target)
         body = await self._body(request) if request.body_exists else b""
         is_stream = False
@@ -381,6 +395,16 @@ def _target(request: web.BaseRequest) -> str:
 
 def _path(request: web.BaseRequest) -> str:
     return _target(request).partition("?")[0]
+
+
+def _refuse_beyond_use(key: Key | None, method: str, path: str) -> None:
+    """Refuse what a key that may only use a model must not reach in its server."""
+    first = path.strip("/").partition("/")[0].lower()
+    if key is not None and not key.metrics and first == "metrics":
+        raise AccessDeniedError(f"the API key '{key.name}' may not read metrics", hint=_NEEDS.format("--metrics"))
+    if key is not None and not key.admin and method not in _READ_ONLY and first in {"lora-adapters", "slots", "props"}:
+        message = f"the API key '{key.name}' may not change the model for everybody"
+        raise AccessDeniedError(message, hint=_NEEDS.format("--admin"))
 
 
 def _model_of_query(request: web.BaseRequest) -> str | None:

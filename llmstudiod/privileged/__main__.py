@@ -24,7 +24,6 @@ from llmstudiod.privileged.units import Units
 
 IDLE_S = 60.0
 MAX_AT_ONCE = 64
-FIRST_FD = 3  # sd_listen_fds(3)
 
 
 def serve(listener: socket.socket, units: Units, *, uids: frozenset[int], idle_s: float = IDLE_S) -> None:
@@ -49,13 +48,11 @@ def _serve_one(connection: socket.socket, units: Units, uids: frozenset[int]) ->
         try:
             answer = _answer(connection, units, uids)
         except LlmstudioError as error:
-            _log(f"refused or failed: {error.message}")
-            answer = _error(error)
+            _log(f"refused or failed: {error.message!a}")
+            answer = {"error": error.as_dict()}
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the others' requests down
-            import traceback
-
-            _log(f"internal error: {''.join(traceback.format_exception(error))}")
-            answer = _error(LauncherError(f"llmstudio-launcher failed: {error}"))
+            sys.excepthook(type(error), error, error.__traceback__)
+            answer = {"error": LauncherError(f"llmstudio-launcher failed: {error}").as_dict()}
         with contextlib.suppress(OSError):  # the answer may not be wanted any more
             connection.sendall(json.dumps(answer).encode() + b"\n")
 
@@ -73,10 +70,6 @@ def _answer(connection: socket.socket, units: Units, uids: frozenset[int]) -> di
     return units.perform(parse_request(line))
 
 
-def _error(error: LlmstudioError) -> dict[str, Any]:
-    return {"error": {"kind": error.kind, "message": error.message, "hint": error.hint, "details": error.details}}
-
-
 def _log(message: str) -> None:
     """Write to the journal. The logging module takes longer to import than a request takes."""
     sys.stderr.write(message.rstrip() + "\n")
@@ -89,7 +82,7 @@ def main() -> int:
         return 2
     store = Store(DEFAULT_FILE, Path(os.environ.get("STATE_DIRECTORY", "/var/lib/llmstudio-launcher")))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the threads end what they have begun
-    with socket.socket(fileno=FIRST_FD) as listener:
+    with socket.socket(fileno=3) as listener:  # sd_listen_fds(3)
         serve(listener, Units(store), uids=frozenset({0, pwd.getpwnam("llmstudio").pw_uid}))
     return 0
 

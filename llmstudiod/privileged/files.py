@@ -1,43 +1,21 @@
-"""The files of a model, found and looked at before they are bound into its unit."""
+"""The files of a model, looked at before they are bound into its unit; and the program that reads them."""
 
 import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
-from llmstudiod.core.bound_file import MAX_TEXT_BYTES, refuse_file
-from llmstudiod.core.command import BoundFile, ModelFiles
-from llmstudiod.core.errors import AccessDeniedError, LoadFailedError
-from llmstudiod.core.launcher_protocol import Launch
-from llmstudiod.core.model_names import all_shards
-from llmstudiod.core.recipe import Recipe
+from llmstudiod.core.bound_file import MAX_TEXT_BYTES, refuse_file, refuse_links
+from llmstudiod.core.command import BoundFile
+from llmstudiod.core.errors import LoadFailedError
 
 
-def model_files(recipe: Recipe, launch: Launch, model_dirs: Sequence[str]) -> ModelFiles:
-    """Return where the recipe's files are, still unopened; AccessDeniedError for a model that it does not mean."""
-
-    def located(path: str) -> str:
-        places = [os.path.join(directory, path) for directory in ("/", *model_dirs)]  # an absolute path stays as it is
-        return next((place for place in places if os.path.lexists(place)), path)
-
-    model = located(recipe.model_path)
-    if os.path.isdir(model):
-        if os.path.realpath(os.path.dirname(launch.model)) != os.path.realpath(model):
-            raise AccessDeniedError(f"'{launch.model}' does not lie in '{model}', which the recipe names")
-        model = launch.model
-    return ModelFiles(
-        model=tuple(all_shards(model)),
-        mmproj=recipe.mmproj and located(recipe.mmproj),
-        draft_model=recipe.draft_model and located(recipe.draft_model),
-        chat_template_file=recipe.chat_template_file and located(recipe.chat_template_file),
-        lora=tuple(located(adapter.path) for adapter in recipe.lora),
-        n_ctx_train=launch.n_ctx_train,
-    )
-
-
-def checked(files: Sequence[BoundFile], text_file: str | None) -> tuple[BoundFile, ...]:
-    """Return the files with their real places, each one looked into; LoadFailedError for one that will not do."""
-    return tuple(replace(file, host=_real_place(file.host, is_text=file.host == text_file)) for file in files)
+def checked(files: Sequence[BoundFile], text_file: str | None, model_dirs: Sequence[str]) -> tuple[BoundFile, ...]:
+    """Return the files with their real places, each one looked into; an LlmstudioError for one that will not do."""
+    real_dirs = [os.path.realpath(directory) for directory in model_dirs]
+    places = [_real_place(file.host, is_text=file.host == text_file, real_dirs=real_dirs) for file in files]
+    return tuple(replace(file, host=place) for file, place in zip(files, places, strict=True))
 
 
 def looked_at(path: str) -> tuple[int | None, bytes]:
@@ -48,12 +26,25 @@ def looked_at(path: str) -> tuple[int | None, bytes]:
     return mode, b""
 
 
-def _real_place(path: str, *, is_text: bool) -> str:
+def _real_place(path: str, *, is_text: bool, real_dirs: Sequence[str]) -> str:
     try:
-        real = os.path.realpath(path, strict=True)
+        real, owners = _resolved(path)
         with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as stream:
-            start = stream.read(MAX_TEXT_BYTES + 1 if is_text else 4)
-            refuse_file(real, mode=os.fstat(stream.fileno()).st_mode, start=start, is_text=is_text)
+            status, start = os.fstat(stream.fileno()), stream.read(MAX_TEXT_BYTES + 1 if is_text else 4)
+        refuse_links(path, real, link_owners=owners, owner=status.st_uid, real_dirs=real_dirs)
+        refuse_file(real, mode=status.st_mode, start=start, is_text=is_text)
     except (OSError, ValueError) as error:
         raise LoadFailedError(f"'{path}' cannot be read: {error}", hint="check the path and its mode") from error
     return real
+
+
+def _resolved(path: str) -> tuple[str, set[int]]:
+    """Return where a path leads, and who owns the links on the way."""
+    owners: set[int] = set()
+    for _ in range(40):  # as many as the kernel follows; path_resolution(7)
+        link = next(filter(os.path.islink, accumulate(path.split("/")[1:], "{}/{}".format, initial="")), None)
+        if link is None:
+            return path, owners
+        owners.add(os.lstat(link).st_uid)
+        path = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)) + path[len(link) :])
+    raise ValueError("too many links")

@@ -4,19 +4,21 @@ A start takes the recipe from its copy when that has the hash that was asked for
 Only an unknown hash makes it read the file, and import what reads YAML, which takes longer than a whole start.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from llmstudiod.core.errors import AccessDeniedError, ConfigError
+from llmstudiod.core import strict
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.keys import parse_keys, write_keys
 from llmstudiod.core.launcher_protocol import Launch
-from llmstudiod.core.model_names import id_from_stem
-from llmstudiod.core.recipe import LoadedRecipes, Recipe, recipe_hash
+from llmstudiod.core.recipe import LoadedRecipes, Recipe
 from llmstudiod.core.settings import Settings
-from llmstudiod.core.strict import files_outside, refuse_delete, refuse_put, wanted_recipe
 from llmstudiod.privileged.trusted import read_trusted, remove_trusted, write_trusted
 
 
@@ -24,7 +26,7 @@ class Store:
     """Settings, recipes and keys below /etc/llmstudio, and the copies in ``state``."""
 
     def __init__(self, config: str, state: Path, *, owner: int = 0) -> None:
-        self._config, self._state, self._owner = config, state, owner
+        self._config, self._state, self._owner, self._lock = config, state, owner, threading.Lock()
 
     def settings(self) -> Settings:
         """Return root's settings, from the copy while no file has changed."""
@@ -44,39 +46,51 @@ class Store:
     def recipe(self, launch: Launch, settings: Settings) -> Recipe:
         """Return the recipe that has the hash that is asked for, or raise an LlmstudioError that says why not."""
         if launch.file is None:
-            recipe = Recipe(id=launch.id, model_path=launch.model)
-            is_it = recipe_hash(recipe) == launch.hash and id_from_stem(Path(launch.model).stem) == launch.id
-            if not settings.auto_recipes or not is_it:
-                raise AccessDeniedError(f"'{launch.model}' is not served without a recipe as '{launch.id}'")
-            if faults := files_outside(recipe, settings.model_dirs, os.path.realpath):
-                raise AccessDeniedError(str(faults[0]))
-            return recipe
-        if os.path.dirname(launch.file) != os.path.normpath(settings.recipes_dir):
-            raise AccessDeniedError(f"'{launch.file}' does not lie in the recipes directory, {settings.recipes_dir}")
-        if not os.path.lexists(launch.file):
-            raise ConfigError(f"the recipe of '{launch.id}' is gone: there is no '{launch.file}'")
+            return strict.unnamed_recipe(launch, settings, os.path.realpath)
+        strict.refuse_place(launch.file, settings, exists=os.path.lexists(launch.file))
+        file, raw = launch.file, self._read(launch.file)
+        content = strict.digest(raw)
         kept = self.kept(f"recipes/{launch.id}.json")
         if kept and (kept.get("hash"), kept.get("file")) == (launch.hash, launch.file):
-            return Recipe.from_dict(kept["recipe"])
-        loaded = self._loaded(launch.file)
-        recipe = wanted_recipe(loaded, model=launch.id, expected_hash=launch.hash, file=launch.file)
-        self.keep(f"recipes/{launch.id}.json", {"hash": launch.hash, "file": launch.file, "recipe": recipe.as_dict()})
+            copy = Recipe.from_dict(kept["recipe"])
+            if kept.get("content") == content or strict.may_be_older(copy, lambda: self._loaded(file, raw)):
+                return copy
+        loaded = self._loaded(launch.file, raw)
+        recipe = strict.wanted_recipe(loaded, model=launch.id, expected_hash=launch.hash, file=launch.file)
+        copied = {"hash": launch.hash, "file": launch.file, "content": content, "recipe": recipe.as_dict()}
+        self.keep(f"recipes/{launch.id}.json", copied)
         return recipe
 
     def put_recipe(self, name: str, text: str, settings: Settings) -> None:
-        """Write a recipe file that came over HTTP."""
+        """Write a recipe file that came over HTTP; what a person wrote stays as it is."""
         path = os.path.join(settings.recipes_dir, name)
-        new = self._loaded(path, text.encode())
-        recipes = [entry.recipe for entry in new.entries]
-        outside = [fault for each in recipes for fault in files_outside(each, settings.model_dirs, os.path.realpath)]
-        refuse_put(new, self._loaded(path) if os.path.lexists(path) else None, outside)
-        write_trusted(path, text, owner=self._owner)
+        with self._lock:
+            written = self._written(name, path)
+            new = self._loaded(path, text.encode())
+            strict.refuse_put(new, self._others(path), settings.model_dirs, os.path.realpath)
+            write_trusted(path, text, owner=self._owner)
+            self.keep("written.json", {**written, name: strict.digest(text.encode())})
 
     def delete_recipe(self, name: str, settings: Settings) -> None:
-        """Remove a recipe file that could have come over HTTP."""
+        """Remove a recipe file that came over HTTP."""
         path = os.path.join(settings.recipes_dir, name)
-        refuse_delete(self._loaded(path), path)
-        remove_trusted(path, owner=self._owner)
+        with self._lock:
+            self._written(name, path)
+            remove_trusted(path, owner=self._owner)
+
+    def _written(self, name: str, path: str) -> dict[str, Any]:
+        """Return what came over HTTP, by name; AccessDeniedError where another file is in the place of this one."""
+        written = self.kept("written.json") or {}
+        if os.path.lexists(path):
+            strict.refuse_foreign(path, self._read(path), written.get(name))
+        return written
+
+    def _others(self, path: str) -> Iterator[LoadedRecipes]:
+        """Yield the other recipe files of a directory, as far as they can be trusted."""
+        for other in Path(path).parent.glob("*.*"):
+            if other.suffix in {".yaml", ".yml", ".json"} and other != Path(path):
+                with contextlib.suppress(LlmstudioError):
+                    yield self._loaded(str(other))
 
     def put_keys(self, text: str, settings: Settings) -> None:
         """Replace the file of API keys, which the daemon's group may read."""

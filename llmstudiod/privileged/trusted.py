@@ -6,6 +6,7 @@ No link is followed, and no directory above them may be open to others' renaming
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Iterator
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
@@ -27,7 +28,7 @@ def read_trusted(path: str, *, owner: int) -> bytes:
 def write_trusted(path: str, text: str, *, owner: int, mode: int = 0o644) -> None:
     """Put a file in its place as a whole, or leave what was there."""
     with _directory_of(path, owner) as (directory, name):
-        part = f".{name}.part"
+        part = f".{name}.{threading.get_ident()}.part"  # the launcher answers in threads
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600, dir_fd=directory)
         with open(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from llmstudiod.core import binary_answers as about
+from llmstudiod.core.bound_file import model_files
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.gpu_nodes import nvidia_minors, with_gpus
@@ -18,7 +19,7 @@ from llmstudiod.core.launch import LaunchRequest, launch_request, question
 from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, Write
 from llmstudiod.core.settings import Settings
 from llmstudiod.core.unit import inside_socket_path, question_argv, stop_argv, systemd_run_argv, unit_name
-from llmstudiod.privileged.files import checked, looked_at, model_files
+from llmstudiod.privileged.files import checked, looked_at
 from llmstudiod.privileged.store import Store, identity
 
 COMMAND_TIMEOUT_S = 45.0
@@ -64,7 +65,7 @@ class Units:
     def _request(self, launch: Launch, settings: Settings) -> LaunchRequest:
         """Return all that is started, derived from root's own files; the daemon adds numbers and GPUs."""
         recipe, binary = self._store.recipe(launch, settings), self._binary(settings)
-        files = model_files(recipe, launch, settings.model_dirs)
+        files = model_files(recipe, launch, settings.model_dirs, os.path)
         request, _ = launch_request(
             recipe, files, binary, recipe_file=launch.file, socket_path=inside_socket_path(recipe.id), is_sandboxed=True
         )
@@ -72,7 +73,7 @@ class Units:
         minors, nodes = nvidia_minors(information), _gpu_nodes()
         request = with_gpus(request, recipe.gpus, launch.gpus, backends=binary.devices, minors=minors, nodes=nodes)
         fallback = {"MemoryMax": str(launch.memory_max), "MemorySwapMax": "0"} if launch.memory_max else {}
-        bound = checked(request.files, files.chat_template_file)
+        bound = checked(request.files, files.chat_template_file, settings.model_dirs)
         hidden = (*settings.model_dirs, settings.recipes_dir)
         return _with_groups(replace(request, files=bound, hidden=hidden, limits={**fallback, **request.limits}))
 

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,8 @@ async def post(house: House, *headers: str, path: str = CHAT, body: bytes = BODY
         ("plain", [f"Origin: {PAGE}"], 403),
         ("plain", ["Origin: null"], 403),
         ("plain", ["Origin: http://localhost"], 200),
+        ("plain", ["Origin: https://localhost"], 200),
+        ("plain", ["Origin: foo://localhost"], 403),
         ("plain", ["Sec-Fetch-Site: cross-site"], 403),
         ("plain", ["Sec-Fetch-Site: same-site"], 403),
         ("plain", ["Sec-Fetch-Site: same-origin"], 200),
@@ -122,12 +125,62 @@ async def test_key_sees_its_models_alone(house: House) -> None:
         assert await post(house, "x-api-key: secret-one", path=path, body=b'{"model": "tiny", "prompt": "x"}') == 403
 
 
-async def test_health_is_open_and_tells_no_name_of_a_key(house: House) -> None:
-    """Whoever watches the machine needs no key."""
+async def get(house: House, path: str, *headers: str, method: str = "GET") -> tuple[int, dict[str, Any]]:
+    """Ask for something; return status and JSON."""
+    client = await house.connect()
+    head = "".join(f"{line}\r\n" for line in headers)
+    await client.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode())
+    answer = await client.answer()
+    return answer.status, answer.json
+
+
+async def test_key_learns_nothing_of_other_models(house: House) -> None:
+    """No name that is nearly the one that was asked for, and no count of what it does not see."""
+    house.proxy.access.rules = RULES["keys"]
+    for path in ("/v1/models/tin", "/upstream/tin/props", "/props?model=tin"):
+        status, body = await get(house, path, "x-api-key: secret-one")
+        assert (status, "Tiny" in str(body), "tiny" in str(body)) == (404, False, False), path
+    status, body = await get(house, "/props?model=tiny", "x-api-key: secret-one")
+    assert (status, "Tiny" in str(body)) == (403, False)
+    assert "tiny" in str((await get(house, "/props?model=tin", "x-api-key: secret-all"))[1])
+    health = (await get(house, "/health", "x-api-key: secret-one"))[1]
+    assert (health["models"], health["running_model"]) == ({"ready": 1}, "other")
+    assert (await get(house, "/health", "x-api-key: secret-all"))[1]["models"] == {"ready": 2, "stopped": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "right"),
+    [
+        ("GET", "metrics", "metrics"),
+        ("GET", "metrics/?x=1", "metrics"),
+        ("GET", "%6Detrics", "metrics"),
+        ("POST", "lora-adapters", "admin"),
+        ("POST", "slots/0?action=erase", "admin"),
+        ("POST", "props", "admin"),
+    ],
+)
+async def test_key_may_use_a_model_and_not_change_it(house: House, method: str, path: str, right: str) -> None:
+    """What concerns all who use it needs a right of its own."""
+    more = Key("more", hash_of("secret-more"), admin=right == "admin", metrics=right == "metrics")
+    house.proxy.access.rules = Rules(keys=(KEYS[0], more))
+    status, body = await get(house, f"/upstream/tiny/{path}", "x-api-key: secret-all", method=method)
+    assert (status, f"--{right}" in str(body)) == (403, True)
+    sent = len(house.tiny.requests)
+    await get(house, f"/upstream/tiny/{path}", "x-api-key: secret-more", "Content-Length: 0", method=method)
+    assert len(house.tiny.requests) == sent + 1
+
+
+async def test_health_is_open_and_tells_next_to_nothing(house: House) -> None:
+    """Whoever watches the machine needs no key; whoever has none learns no name, version or count."""
     house.proxy.access.rules = RULES["keys"]
     client = await house.connect()
     await client.send(b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n")
-    assert (await client.answer()).status == 200
+    answer = await client.answer()
+    assert (answer.status, answer.json) == (200, {"status": "ok", "inference_ready": True})
+    house.proxy.access.rules = RULES["plain"]
+    await client.send(b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+    assert (await client.answer()).json == {"status": "ok", "inference_ready": True}
+    house.proxy.access.rules = RULES["keys"]
     await client.send(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
     refused = await client.answer()
     assert refused.status == 401

@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from llmstudiod.core.keys import hash_of
+from llmstudiod.core.recipe import Recipe, recipe_hash
 
 # Relative: without tests/__init__.py the absolute name differs between pytest and python -m.
 from .daemon import MODELS, RECIPES, SERVICE, Daemon, unit_of  # noqa: TID252
@@ -109,11 +110,10 @@ def test_link_to_a_secret_is_no_model(daemon: Daemon) -> None:
     daemon.listen()
     with daemon.client() as client, pytest.raises(openai.InternalServerError, match="cannot load 'secret'"):
         client.chat.completions.create(model="secret", messages=[{"role": "user", "content": "x"}])
-    listed = json.loads(daemon.ctl("list", "--json"))
-    own = next(item for item in listed["recipes"] if item["id"] == "secret") if "recipes" in listed else None
-    hash_ = (own or {}).get("recipe_hash", HASH)
-    request = {"verb": "start", "id": "secret", "hash": hash_, "file": path, "model": f"{MODELS}/secret.gguf"}
-    assert ask(daemon, request) != ""
+    wanted = Recipe(id="secret", model_path=f"{MODELS}/secret.gguf")
+    named = {"id": "secret", "hash": recipe_hash(wanted), "model": wanted.model_path}
+    assert "expected a GGUF file, found another" in ask(daemon, {"verb": "start", **named, "file": path})
+    assert "expected a file in the model directories" in ask(daemon, {"verb": "start", **named, "file": None})
     assert daemon.model_units() == []
 
 

@@ -96,7 +96,9 @@ HOSTILE = [
     (launch(hash=HASH + "\n"), "hash: expected"),
     *((launch(file=bad), "file: expected") for bad in (
         "m.yaml", "", "/etc/llmstudio/../shadow", "/etc//llmstudio/m.yaml", "//etc/m.yaml", "/etc/a\nb.yaml", "/a\x00b",
-        "/etc/llmstudio/", "/" + "x" * 5000, 5, ["/etc/m.yaml"], "/\ud800",
+        "/etc/llmstudio/", "/etc/llmstudio/recipes.d/m.yaml.disabled", "/etc/llmstudio/recipes.d/m.yaml~",
+        "/etc/llmstudio/recipes.d/.m.yaml", "/etc/llmstudio/recipes.d/m.yaml.dpkg-old",
+        "/" + "x" * 5000, 5, ["/etc/m.yaml"], "/\ud800",
     )),
     (launch(model=None), "model: expected"),
     (launch(model="m.gguf"), "model: expected"),

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from llmstudiod.adapters.recipe_files import load_recipe_file
+from llmstudiod.core.bound_file import model_files
 from llmstudiod.core.command import BoundFile
 from llmstudiod.core.errors import AccessDeniedError, ConfigError, LoadFailedError
 from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, write_request
 from llmstudiod.core.recipe import Recipe, recipe_hash
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
 from llmstudiod.privileged.__main__ import serve
-from llmstudiod.privileged.files import checked, model_files
+from llmstudiod.privileged.files import checked
 from llmstudiod.privileged.store import Store
 from llmstudiod.privileged.trusted import read_trusted, write_trusted
 from llmstudiod.privileged.units import Units
@@ -92,13 +93,35 @@ def test_half_edited_file_changes_nothing_that_runs(store: Store, etc: Path) -> 
         recipe_of(store, launch)
 
 
+def test_relaxation_that_was_taken_back_is_over(store: Store, etc: Path) -> None:
+    """A copy holds what only a person may give no longer than the file does; a file being edited takes nothing back."""
+    path = put(etc, "r.yaml", f"id: r\nmodel_path: {etc.parent}/models/tiny.gguf\nsandbox: {{network: host}}\n")
+    launch = launch_of(path)
+    known = recipe_of(store, launch)
+    path.write_text("id: r\nsandbox: {netw")
+    assert recipe_of(store, launch) == known
+    path.write_text(f"id: r\nmodel_path: {etc.parent}/models/tiny.gguf\n")
+    with pytest.raises(ConfigError, match="has changed since the daemon read it"):
+        recipe_of(store, launch)
+
+
+def test_copy_is_worth_no_more_than_its_file(store: Store, etc: Path) -> None:
+    """A file that others may write by now is refused, though it was good when it was copied."""
+    path = etc / "recipes.d" / "m.yaml"
+    launch = launch_of(path)
+    recipe_of(store, launch)
+    path.chmod(0o666)
+    with pytest.raises(AccessDeniedError, match="expected nobody but root to write it"):
+        recipe_of(store, launch)
+
+
 def test_copy_of_a_removed_recipe_is_not_started(store: Store, etc: Path) -> None:
     """Removing the file takes it away from everybody."""
     path = etc / "recipes.d" / "m.yaml"
     launch = launch_of(path)
     recipe_of(store, launch)
     path.unlink()
-    with pytest.raises(ConfigError, match="is gone"):
+    with pytest.raises(ConfigError, match="any more, so its recipe is not started"):
         recipe_of(store, launch)
 
 
@@ -234,7 +257,7 @@ def test_only_models_and_templates_are_bound(
     link = tmp_path / "m.gguf"
     link.symlink_to(target)
     with pytest.raises(LoadFailedError) as caught:
-        checked([BoundFile(str(link), "/run/x")], str(link) if is_text else None)
+        checked([BoundFile(str(link), "/run/x")], str(link) if is_text else None, [])
     assert says in caught.value.message
 
 
@@ -244,7 +267,54 @@ def test_file_that_is_no_model_is_not_bound(tmp_path: Path, path: str) -> None:
     link = tmp_path / "m.gguf"
     link.symlink_to(path)
     with pytest.raises(LoadFailedError):
-        checked([BoundFile(str(link), "/run/x")], None)
+        checked([BoundFile(str(link), "/run/x")], None, [])
+
+
+@pytest.mark.parametrize("name", ["a\nb.gguf", "a\tb.gguf", 'a"b.gguf'])
+def test_path_that_systemd_would_read_otherwise_is_refused(tmp_path: Path, name: str) -> None:
+    """It takes a line break for the letter n: another file than the one that was looked into would be bound."""
+    target = tmp_path / name
+    target.write_bytes(b"GGUF")
+    link = tmp_path / "m.gguf"
+    link.symlink_to(target)
+    with pytest.raises(LoadFailedError, match="in its path"):
+        checked([BoundFile(str(link), "/run/x")], None, [])
+
+
+@pytest.mark.skipif(ME != 0, reason="only root can give files away")
+@pytest.mark.parametrize("way", ["a link", "a directory's link", "root's link to it", "relative"])
+def test_link_of_another_leads_to_their_own_files_alone(tmp_path: Path, way: str) -> None:
+    """Whoever may write a directory of models cannot have others' files shown; their cache's links are fine."""
+    home, models = tmp_path / "home", tmp_path / "models"
+    home.mkdir()
+    models.mkdir()
+    target = home / "m.gguf"
+    target.write_bytes(b"GGUF")
+    link = models / "m.gguf"
+    if way == "a directory's link":
+        (models / "d").symlink_to(home)
+        os.lchown(models / "d", 12345, 12345)
+        link = models / "d" / "m.gguf"
+    else:
+        link.symlink_to("../home/m.gguf" if way == "relative" else target)
+        os.lchown(link, 12345, 12345)
+    if way == "root's link to it":
+        (tmp_path / "x.gguf").symlink_to(link)
+        link = tmp_path / "x.gguf"
+    with pytest.raises(AccessDeniedError, match="by a link of uid 12345"):
+        checked([BoundFile(str(link), "/run/x")], None, [str(models)])
+    bound = (BoundFile(str(target), "/run/x"),)
+    assert checked([BoundFile(str(link), "/run/x")], None, [str(models), str(home)]) == bound
+    os.chown(target, 12345, 12345)
+    assert checked([BoundFile(str(link), "/run/x")], None, [str(models)]) == bound
+
+
+def test_circle_of_links_is_refused(tmp_path: Path) -> None:
+    """As the kernel would."""
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(LoadFailedError, match="too many links"):
+        checked([BoundFile(str(tmp_path / "a"), "/run/x")], None, [])
 
 
 def test_real_place_is_bound(tmp_path: Path) -> None:
@@ -253,7 +323,7 @@ def test_real_place_is_bound(tmp_path: Path) -> None:
     target.write_bytes(b"GGUF")
     link = tmp_path / "m.gguf"
     link.symlink_to(target)
-    assert checked([BoundFile(str(link), "/run/x/m.gguf")], None) == (BoundFile(str(target), "/run/x/m.gguf"),)
+    assert checked([BoundFile(str(link), "/run/x/m.gguf")], None, []) == (BoundFile(str(target), "/run/x/m.gguf"),)
 
 
 def test_directory_of_a_recipe_is_where_its_model_lies(etc: Path) -> None:
@@ -261,10 +331,10 @@ def test_directory_of_a_recipe_is_where_its_model_lies(etc: Path) -> None:
     models = etc.parent / "models"
     recipe = Recipe(id="m", model_path=str(models))
     launch = Launch(Verb.START, "m", recipe_hash(recipe), "/x.yaml", str(models / "tiny.gguf"))
-    assert model_files(recipe, launch, ()).model == (str(models / "tiny.gguf"),)
+    assert model_files(recipe, launch, (), os.path).model == (str(models / "tiny.gguf"),)
     other = Launch(Verb.START, "m", recipe_hash(recipe), "/x.yaml", "/srv/other.gguf")
     with pytest.raises(AccessDeniedError, match="does not lie in"):
-        model_files(recipe, other, ())
+        model_files(recipe, other, (), os.path)
 
 
 def test_relative_paths_and_shards_are_found(etc: Path) -> None:
@@ -273,7 +343,7 @@ def test_relative_paths_and_shards_are_found(etc: Path) -> None:
     recipe = Recipe(id="m", model_path="big-00001-of-00002.gguf", mmproj="tiny.gguf")
     launch = Launch(Verb.START, "m", recipe_hash(recipe), "/x.yaml", "/ignored.gguf", n_ctx_train=7)
     (models / "big-00001-of-00002.gguf").write_bytes(b"GGUF")
-    found = model_files(recipe, launch, ("/nowhere", str(models)))
+    found = model_files(recipe, launch, ("/nowhere", str(models)), os.path)
     assert found.model == tuple(str(models / f"big-0000{n}-of-00002.gguf") for n in (1, 2))
     assert (found.mmproj, found.n_ctx_train) == (str(models / "tiny.gguf"), 7)
 
@@ -326,15 +396,51 @@ def test_nothing_is_no_recipe(store: Store, etc: Path, text: str) -> None:
     assert not (etc / "recipes.d" / "new.yaml").exists()
 
 
-def test_recipe_written_by_hand_cannot_be_replaced(store: Store, etc: Path) -> None:
-    """One that holds what only a person may give, nor removed."""
-    path = put(etc, "new.yaml", good(etc) + "sandbox: {network: host}\n")
+@pytest.mark.parametrize("more", ["", "sandbox: {network: host}\n", "max_num_seqs: many\n", "a: [", "- 5"])
+def test_recipe_written_by_hand_cannot_be_replaced(store: Store, etc: Path, more: str) -> None:
+    """Whatever it holds, good or faulty: what a person wrote has comments, and reasons. Nor is it removed."""
+    path = put(etc, "new.yaml", good(etc) + more)
     before = path.read_text()
     with pytest.raises(AccessDeniedError, match="written by hand"):
         store.put_recipe("new.yaml", good(etc), store.settings())
     with pytest.raises(AccessDeniedError, match="written by hand"):
         store.delete_recipe("new.yaml", store.settings())
     assert path.read_text() == before
+
+
+def test_recipe_that_a_person_edited_is_theirs(store: Store, etc: Path) -> None:
+    """Also when it came over HTTP once."""
+    store.put_recipe("new.yaml", good(etc), store.settings())
+    with (etc / "recipes.d" / "new.yaml").open("a") as file:
+        file.write("# mine now\n")
+    with pytest.raises(AccessDeniedError, match="written by hand"):
+        store.put_recipe("new.yaml", good(etc), store.settings())
+
+
+@pytest.mark.parametrize("line", ["id: m", "id: other\naliases: [m]", "id: other\nserved_model_name: broken"])
+def test_recipe_over_http_takes_no_name_of_another(store: Store, etc: Path, line: str) -> None:
+    """It would displace it, or be displaced; faulty recipes keep their names."""
+    put(etc, "broken.yaml", "id: broken\nmodel_path: /m.gguf\nthreads: many\n")
+    with pytest.raises(AccessDeniedError, match="expected a name that is free, found"):
+        store.put_recipe("0.yaml", good(etc).replace("id: new", line), store.settings())
+
+
+def test_threads_do_not_disturb_each_other(store: Store, etc: Path) -> None:
+    """Each request has a thread of its own, and the first ones after an installation all write the same copies."""
+    whole: list[int] = []
+
+    def work() -> None:
+        for _ in range(50):
+            store.keep("settings.json", {"files": ["x" * 10_000]})
+            whole.append(store.kept("settings.json") == {"files": ["x" * 10_000]})
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert whole == [True] * 200
+    assert [path.name for path in (etc.parent / "state").iterdir()] == ["settings.json"]
 
 
 def test_keys_are_for_root_and_the_daemon(store: Store, etc: Path) -> None:

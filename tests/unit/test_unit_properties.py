@@ -112,7 +112,7 @@ def test_gpu_needs_its_devices() -> None:
         (Sandbox(network="loopback"), "PrivateNetwork", ["yes"], ["yes"]),
         (Sandbox(network="loopback"), "RestrictAddressFamilies", ["AF_UNIX"], ["AF_UNIX AF_INET AF_INET6 AF_NETLINK"]),
         (Sandbox(writable_code=True), "MemoryDenyWriteExecute", ["yes"], ["no"]),
-        (Sandbox(shared_ipc=True), "PrivateTmp", ["yes"], ["no"]),
+        (Sandbox(shared_ipc=True), "PrivateIPC", ["yes"], ["no"]),
         (
             Sandbox(scheduling=True),
             "SystemCallFilter",
@@ -129,7 +129,7 @@ def test_relaxation_changes_what_it_names(sandbox: Sandbox, name: str, strict: l
     assert changed <= {
         Sandbox(network="host"): {"PrivateNetwork", "RestrictAddressFamilies", "IPAddressDeny"},
         Sandbox(network="loopback"): {"RestrictAddressFamilies", "IPAddressDeny"},
-        Sandbox(shared_ipc=True): {"PrivateTmp", "PrivateIPC"},
+        Sandbox(shared_ipc=True): {"BindPaths", "PrivateIPC"},
     }.get(sandbox, {name})
 
 
