@@ -75,37 +75,61 @@ DESTDIR     ?=
 UNITDIR     ?= /etc/systemd/system
 SYSUSERSDIR ?= /etc/sysusers.d
 TMPFILESDIR ?= /etc/tmpfiles.d
-lib         := $(PREFIX)/lib/llmstudiod
-libexec     := $(PREFIX)/libexec/llmstudiod
+prefix      := $(patsubst %/,%,$(PREFIX))
+lib         := $(prefix)/lib/llmstudiod
+libexec     := $(prefix)/libexec/llmstudiod
+doc         := $(prefix)/share/doc/llmstudiod
 units       := $(notdir $(wildcard systemd/*.service systemd/*.socket systemd/*.slice))
 sockets     := $(filter %.socket,$(units))
 man_pages   := $(wildcard docs/man/*.[158])
 completions := $(wildcard packaging/completions/*)
+examples    := $(filter-out %/example.yaml.disabled,$(wildcard etc/recipes.d/*))
+documents   := $(wildcard README.md CHANGELOG.md docs/*.md)
 # Pairs: a file here, and where it is installed.
 plain_files := systemd/llmstudiod.sysusers:$(SYSUSERSDIR)/llmstudiod.conf \
   systemd/llmstudiod.tmpfiles:$(TMPFILESDIR)/llmstudiod.conf \
-  $(foreach page,$(man_pages),$(page):$(PREFIX)/share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page))) \
-  $(patsubst %.bash,%.bash:$(PREFIX)/share/bash-completion/completions/llmstudioctl,$(filter %.bash,$(completions))) \
-  $(patsubst %.fish,%.fish:$(PREFIX)/share/fish/vendor_completions.d/llmstudioctl.fish,$(filter %.fish,$(completions))) \
-  $(patsubst %/_llmstudioctl,%/_llmstudioctl:$(PREFIX)/share/zsh/site-functions/_llmstudioctl,$(filter %/_llmstudioctl,$(completions)))
+  $(foreach page,$(man_pages),$(page):$(prefix)/share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page))) \
+  $(patsubst %.bash,%.bash:$(prefix)/share/bash-completion/completions/llmstudioctl,$(filter %.bash,$(completions))) \
+  $(patsubst %.fish,%.fish:$(prefix)/share/fish/vendor_completions.d/llmstudioctl.fish,$(filter %.fish,$(completions))) \
+  $(patsubst %/_llmstudioctl,%/_llmstudioctl:$(prefix)/share/zsh/site-functions/_llmstudioctl,$(filter %/_llmstudioctl,$(completions))) \
+  $(foreach file,$(examples),$(file):$(doc)/examples/$(notdir $(file))) \
+  $(foreach file,$(documents),$(file):$(doc)/$(file))
+directories := $(sort $(lib) $(libexec) $(prefix)/bin $(UNITDIR) $(dir $(foreach pair,$(plain_files),$(word 2,$(subst :, ,$(pair))))))
+# Which of them were made by an installation: uninstall takes these away again, where they are empty, and no others.
+made        := $(libexec)/made-directories
 # Whether systemd runs here and is meant: not when staging.
 is_live     := test -z '$(DESTDIR)' && test -d /run/systemd/system
 
+# may(install or uninstall): refuses what would leave two installations that share their units, or break another one.
+define may
+test -n '$(DESTDIR)' || test "$$(id -u)" = 0 || { echo "only root can $(1) llmstudiod; run: sudo make $(1)" >&2; exit 1; }; \
+  case "$$(test -n '$(DESTDIR)' || dpkg-query --show --showformat='$${db:Status-Status}' llmstudiod 2>/dev/null)" in \
+    ''|not-installed|config-files) ;; \
+    *) echo "the package llmstudiod is installed, and this would break it; apt remove llmstudiod takes it away" >&2; exit 1;; esac; \
+  other=$$(sed -n 's|^ExecStart=\(.*\)/libexec/llmstudiod/llmstudiod$$|\1|p' '$(DESTDIR)$(UNITDIR)/llmstudiod.service' 2>/dev/null); \
+  case "$$other" in \
+    ''|'$(prefix)') ;; \
+    *) echo "llmstudiod is installed below $$other, not $(prefix); to remove that: make uninstall PREFIX=$$other" >&2; exit 1;; esac
+endef
+
 install:        ## install below PREFIX (/usr/local), start the sockets (root)
+	@$(call may,install)
 	@version=$$(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p'); \
 	  test -n '$(DESTDIR)' || test "$${version:-0}" -ge 254 || \
 	  { echo "systemd $${version:-?} is installed, and 254 or newer is needed" >&2; exit 1; }
 	@$(call need,python3-venv,import ensurepip)
-	@echo "installing llmstudiod below $(DESTDIR)$(PREFIX), its units in $(DESTDIR)$(UNITDIR)"
+	@echo "installing llmstudiod below $(DESTDIR)$(prefix), its units in $(DESTDIR)$(UNITDIR)"
+	@umask 022; missing=$$(for path in $(directories); do while test ! -d "$(DESTDIR)$$path" && test "$$path" != /; do \
+	    echo "$$path"; path=$$(dirname "$$path"); done; done) && \
+	  mkdir -p $(directories:%='$(DESTDIR)%') && printf '%s\n' "$$missing" >>'$(DESTDIR)$(made)'
 	@# From a copy: pip builds in the tree, and would leave root's files there.
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && umask 022 && \
 	  cp -r pyproject.toml README.md llmstudiod "$$copy" && \
 	  $(PYTHON) -m venv --clear '$(DESTDIR)$(lib)' && \
 	  '$(DESTDIR)$(lib)/bin/python' -m pip install --quiet --disable-pip-version-check "$$copy"
-	@umask 022 && install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(libexec)' '$(DESTDIR)$(UNITDIR)'
-	@install -m 755 packaging/deb/programs/llmstudioctl '$(DESTDIR)$(PREFIX)/bin/'
+	@install -m 755 packaging/deb/programs/llmstudioctl '$(DESTDIR)$(prefix)/bin/'
 	@install -m 755 packaging/deb/programs/llmstudiod packaging/deb/programs/llmstudio-launcher '$(DESTDIR)$(libexec)/'
-	@sed -i '1s|/usr/bin/python3|$(lib)/bin/python|' '$(DESTDIR)$(PREFIX)/bin/llmstudioctl' '$(DESTDIR)$(libexec)'/*
+	@sed -i '1s|/usr/bin/python3|$(lib)/bin/python|' '$(DESTDIR)$(prefix)/bin/llmstudioctl' '$(DESTDIR)$(libexec)'/llmstudio*
 	@install -m 644 $(units:%=systemd/%) '$(DESTDIR)$(UNITDIR)/'
 	@sed -i 's|/usr/libexec/llmstudiod/|$(libexec)/|' $(units:%='$(DESTDIR)$(UNITDIR)/%')
 	@umask 022 && for pair in $(plain_files); do install -D -m 644 "$${pair%%:*}" "$(DESTDIR)$${pair#*:}" || exit 1; done
@@ -116,21 +140,31 @@ install:        ## install below PREFIX (/usr/local), start the sockets (root)
 	  systemd-sysusers '$(SYSUSERSDIR)/llmstudiod.conf' && systemd-tmpfiles --create '$(TMPFILESDIR)/llmstudiod.conf' && \
 	  { setpriv --reuid=llmstudio --regid=llmstudio --clear-groups '$(lib)/bin/python' -I -c 'import llmstudiod' || \
 	    { echo "the daemon's user cannot run this Python; try make install PYTHON=/usr/bin/python3" >&2; exit 1; }; } && \
-	  systemctl daemon-reload && systemctl enable --quiet --now $(sockets) && \
-	  { systemctl stop --quiet llmstudio-launcher.service 2>/dev/null; systemctl try-restart llmstudiod.service; }; fi
+	  systemctl daemon-reload && systemctl enable --quiet $(sockets) && \
+	  { systemctl stop --quiet llmstudio-launcher.service 2>/dev/null; systemctl try-restart llmstudiod.service; } && \
+	  { systemctl start $(sockets) || { systemctl is-failed --quiet llmstudiod.socket && \
+	    echo "llmstudiod.socket cannot listen; is its port taken (ss -ltnp)? To choose another: systemctl edit llmstudiod.socket" >&2; }; }; fi
+	@echo "installed; llmstudioctl is $(prefix)/bin/llmstudioctl"
+	@echo "next: put a GGUF into /var/lib/llmstudio/models and run: systemctl reload-or-restart llmstudiod"
 
 uninstall:      ## stop and remove what `make install` installed; settings and models stay (root)
-	@if $(is_live); then \
+	@$(call may,uninstall)
+	@if $(is_live) && test -e '$(UNITDIR)/llmstudiod.service'; then \
 	  systemctl disable --quiet --now $(sockets); \
 	  systemctl stop llmstudiod.service llmstudio-models.slice llmstudio-launcher.service llmstudio.slice; fi || true
-	@rm -rf '$(DESTDIR)$(lib)' '$(DESTDIR)$(libexec)' '$(DESTDIR)$(PREFIX)/bin/llmstudioctl'
-	@rm -f $(units:%='$(DESTDIR)$(UNITDIR)/%')
-	@for pair in $(plain_files); do rm -f "$(DESTDIR)$${pair#*:}"; done
+	@made=$$(LC_ALL=C sort -ru '$(DESTDIR)$(made)' 2>/dev/null); \
+	  rm -rf '$(DESTDIR)$(lib)' '$(DESTDIR)$(libexec)' '$(DESTDIR)$(prefix)/bin/llmstudioctl'; \
+	  rm -f $(units:%='$(DESTDIR)$(UNITDIR)/%'); \
+	  for pair in $(plain_files); do rm -f "$(DESTDIR)$${pair#*:}"; done; \
+	  for path in $$made; do rmdir "$(DESTDIR)$$path" 2>/dev/null; done; true
 	@if $(is_live); then \
 	  systemctl daemon-reload; systemctl reset-failed 'llmstudio*' 2>/dev/null; \
 	  rm -rf /run/llmstudio /run/llmstudio-models /var/lib/llmstudio-launcher; \
-	  rm -rf /var/cache/llmstudio-models /var/cache/private/llmstudio-models; fi || true
-	@echo "kept: $(DESTDIR)/etc/llmstudio, $(DESTDIR)/var/lib/llmstudio (models)"
+	  rm -rf /var/cache/llmstudio-models /var/cache/private/llmstudio-models; \
+	  rm -f /var/lib/llmstudio/configuration.json; \
+	  rmdir /var/lib/llmstudio/models /var/lib/llmstudio 2>/dev/null; fi; true
+	@echo "kept, where they are there: $(DESTDIR)/etc/llmstudio (settings, recipes, keys), /var/lib/llmstudio/models," \
+	  "your drop-ins $(UNITDIR)/llmstudio*.d, user llmstudio, groups llmstudio, llmstudio-model and llmstudio-admin"
 
 clean:          ## remove what was made here
 	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

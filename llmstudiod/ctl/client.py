@@ -113,7 +113,9 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             exists = Path(self.socket_path).exists()
-            hint = "`systemctl status llmstudiod`" if exists else "`systemctl start llmstudiod`"
+            # The service alone would only be shown as inactive: it is a socket that failed.
+            units = "llmstudiod.socket llmstudiod-admin.socket llmstudiod.service"
+            hint = f"`systemctl status {units}`" if exists else "`systemctl start llmstudiod`"
             raise DaemonUnreachableError(
                 f"cannot reach the daemon at {self.socket_path}: {reason}",
                 hint=f"{hint}, or name another socket with --socket or {SOCKET_VARIABLE}",

@@ -150,7 +150,10 @@ def _status(client: Client, arguments: argparse.Namespace) -> int:
     if arguments.json:
         return _print_json(status)
     binary = status["llama_server"]
-    print(f"llmstudiod {status['version']}, port {status['inference_port']}, launcher {status['launcher']}")
+    port = f"port {status['inference_port']}"
+    if status["inference_port"] is None:
+        port = "no endpoint (`systemctl status llmstudiod.socket` tells why)"
+    print(f"llmstudiod {status['version']}, {port}, launcher {status['launcher']}")
     if "error" in binary:
         print(f"llama-server: {binary['error']}")
         if binary["hint"]:

@@ -12,6 +12,11 @@ from llmstudiod.core.errors import ConfigError
 
 FIRST_FD = 3
 BACKLOG = 4096
+NO_ENDPOINT = (
+    "systemd has handed over no socket for the endpoint: no request is served, the admin interface alone is; "
+    "`systemctl status llmstudiod.socket` tells why (is the port taken?); "
+    "free the port, or choose another with `systemctl edit llmstudiod.socket`, then `systemctl restart llmstudiod`"
+)
 
 
 @dataclass(slots=True)
@@ -52,10 +57,15 @@ def inherited() -> Listeners:
 def open_missing(listeners: Listeners, *, addresses: Iterable[str], admin_path: str) -> Listeners:
     """Open what systemd has not handed over.
 
+    Where it has handed over the admin socket alone, the endpoint's is left to it as well: the addresses of
+    llmstudiod.socket count, not ours, and the service has no network in which it could listen.
+
     Raises:
         ConfigError: None of the addresses can be listened on.
     """
-    if not listeners.http:
+    if listeners.admin and not listeners.http:
+        listeners.notes.append(NO_ENDPOINT)
+    elif not listeners.http:
         failures = []
         for address in addresses:
             try:

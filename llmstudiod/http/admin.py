@@ -110,7 +110,9 @@ class Admin:
             peer = peer_of(sock)
             may_look = request.method == "GET" and request.path in OPEN_TO_ALL and self._settings().settings.open_status
             if not may_look and not peer.may_administer():
-                hint = f"use sudo, or join the group {ADMIN_GROUP} (`adduser NAME {ADMIN_GROUP}`, then log in again)"
+                hint = (
+                    f"use sudo, or join the group {ADMIN_GROUP} (`usermod -aG {ADMIN_GROUP} NAME`, then log in again)"
+                )
                 raise AccessDeniedError(f"user {peer.uid} may not administer llmstudiod", hint=hint)
         return await handler(request)
 

@@ -6,6 +6,7 @@ The package is built once for the module, from this working tree. What it needs 
 import http.client
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Self
 import pytest
 
 # Relative: without tests/__init__.py the absolute name differs between pytest and python -m.
+from . import host as testhost  # noqa: TID252
 from .conftest import REPOSITORY, give_up  # noqa: TID252
 from .daemon import MODELS, SERVICE, SOCKETS, Daemon, unit_of, wait_until  # noqa: TID252
 from .host import Host  # noqa: TID252
@@ -167,6 +169,117 @@ def test_older_systemd_is_refused_with_the_reason(package: Path, base_tree: Path
         host.run("test", "!", "-e", "/etc/llmstudio")
 
 
+def test_documents_are_where_the_readme_links_to_them(packaged: Daemon) -> None:
+    """Below /usr/share/doc as in the repository, and not compressed."""
+    directory = packaged.host.path("/usr/share/doc/llmstudiod")
+    documents = [directory / "README.md", *(directory / "docs").glob("*.md")]
+    assert len(documents) == 1 + len(list((REPOSITORY / "docs").glob("*.md")))
+    for document in documents:
+        links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+        assert [link for link in links if not (document.parent / link).exists()] == [], document.name
+
+
+def take_port(host: Host) -> None:
+    """Start another server on the endpoint's port."""
+    listening = ("python3", "-c", "import socket, time; s = socket.create_server(('127.0.0.1', 8080)); time.sleep(999)")
+    host.run("systemd-run", "--quiet", "--unit=taker", *listening)
+    wait_until(lambda: host.run("ss", "--no-header", "-ltn", "sport = :8080").stdout)
+
+
+def test_taken_port_is_named_and_everything_else_works(package: Path, gguf_dir: Path) -> None:
+    """The installation succeeds and says what to do; the daemon serves its administrators, as often as they ask."""
+    with Host() as host:
+        daemon = Daemon(host)
+        take_port(host)
+        host.put(package, "/root/llmstudiod.deb")
+        said = apt(host, "install", "/root/llmstudiod.deb")
+        assert re.search(r"port 8080 is taken by python3 \(pid \d+\)", said)
+        assert "systemctl edit llmstudiod.socket" in said
+        # More starts than the limits of systemd allow in their intervals.
+        for _ in range(8):
+            daemon.ctl("status")
+            daemon.systemctl("stop", SERVICE)
+        daemon.ctl("status")
+        assert [daemon.state(unit) for unit in (*SOCKETS, SERVICE)] == ["failed", "active", "active", "active"]
+        assert daemon.show(SOCKETS[0], "Result")["Result"] == "resources"
+        assert "systemd has handed over no socket for the endpoint" in host.journal(SERVICE)
+        # Moved while the port is taken, and back when it is free: each takes one command.
+        host.put(gguf_dir / "tiny.gguf", f"{MODELS}/tiny.gguf")
+        moved = "/etc/systemd/system/llmstudiod.socket.d/override.conf"
+        host.write(moved, "[Socket]\nListenStream=\nListenStream=127.0.0.1:8081\n")
+        daemon.systemctl("daemon-reload")
+        daemon.systemctl("restart", SOCKETS[0])
+        assert "choices" in host.run(*CURL, URL.replace("8080", "8081")).stdout
+        host.run("rm", moved)
+        daemon.systemctl("daemon-reload")
+        daemon.systemctl("stop", "taker")
+        daemon.systemctl("restart", SERVICE)
+        daemon.systemctl("restart", SOCKETS[0])
+        assert daemon.chat()
+
+
+def test_stopped_socket_closes_the_port(packaged: Daemon) -> None:
+    """The daemon holds it open as well, so it goes with the socket; the administrators' socket stays."""
+    packaged.chat()
+    packaged.systemctl("stop", "llmstudiod.socket")
+    assert packaged.host.run("ss", "--no-header", "-ltn", "sport = :8080").stdout == ""
+    assert packaged.state("llmstudiod-admin.socket") == "active"
+
+
+def test_socket_that_nobody_serves_is_told_with_the_units_to_look_at(packaged: Daemon) -> None:
+    """The service alone would show no more than that it does not run."""
+    packaged.systemctl("stop", *SOCKETS)
+    said = packaged.ctl("status", check=False)
+    assert "systemctl status llmstudiod.socket llmstudiod-admin.socket" in said
+
+
+def test_drop_ins_of_the_manual_do_what_it_says(packaged: Daemon) -> None:
+    """Both are in force for one model: neither hides the other, and the directory is seen, read-only."""
+    page = (REPOSITORY / "docs/man/llmstudiod.8").read_text().partition(".Ss Site overrides")[2]
+    block = page.partition(".Bd -literal -offset indent\n")[2].partition(".Ed\n")[0]
+    drop_ins = dict(part.split("\n", 1) for part in block.split("# ") if part)
+    assert len(drop_ins) == 2
+    host = packaged.host
+    host.write("/srv/shared/file", "hello")
+    for path, text in drop_ins.items():
+        host.write(f"/etc/systemd/system/{path.replace('qwen3-32b', 'tiny')}", text)
+    packaged.chat()
+    assert packaged.show(UNIT, "CPUQuotaPerSecUSec") == {"CPUQuotaPerSecUSec": "4s"}
+    inside = f"/proc/{packaged.pid(UNIT)}"
+    assert host.run("cat", f"{inside}/root/run/shared/file").stdout == "hello"
+    mounts = [line.split() for line in host.run("cat", f"{inside}/mountinfo").stdout.splitlines()]
+    assert [fields[5].split(",")[0] for fields in mounts if fields[4] == "/run/shared"] == ["ro"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_debian_13_takes_the_package(package: Path, monkeypatch: pytest.MonkeyPatch, base_tree: Path) -> None:
+    """What it depends on is in trixie, whose systemd starts it; there is no llama-server, and it says so."""
+    wanted = testhost.PACKAGES.split(",")
+    absent = {"llama.cpp-tools", "python3-gguf"}
+    monkeypatch.setattr(testhost, "PACKAGES", ",".join(name for name in wanted if name not in absent))
+    monkeypatch.setenv("LLMSTUDIO_TESTHOST_SUITE", "trixie")
+    try:
+        testhost.build_base()
+    except testhost.HostError as error:
+        give_up(f"the base tree of trixie cannot be built: {error}")
+    with Host() as host:
+        daemon = Daemon(host)
+        assert 'VERSION_ID="13"' in host.run("cat", "/etc/os-release").stdout
+        host.put(package, "/root/llmstudiod.deb")
+        apt(host, "install", "/root/llmstudiod.deb")
+        assert [daemon.state(socket) for socket in SOCKETS] == ["active"] * 3
+        said = daemon.ctl("status")
+        assert "launcher systemd" in said
+        assert "there is no llama-server on this machine" in said
+        assert daemon.state(SERVICE) == "active"
+        host.run("curl", "-sS", "--fail", "http://127.0.0.1:8080/v1/models")
+        verify = host.run("sh", "-c", "systemd-analyze verify --man=no /usr/lib/systemd/system/llmstudio*")
+        assert verify.stdout + verify.stderr == ""
+        apt(host, "purge", "llmstudiod")
+        assert daemon.systemctl("list-units", "--failed", "--no-legend", "llmstudio*") == ""
+
+
 # Upgrading
 
 
@@ -272,6 +385,11 @@ def test_remove_stops_everything(packaged: Daemon) -> None:
     assert packaged.host.run("pgrep", "--list-full", "llmstudio|llama", check=False).stdout == ""
     packaged.host.run("sh", "-c", "! ls -d /run/llmstudio* /run/systemd/transient/llmstudio*")
     packaged.host.run("test", "-e", "/etc/llmstudio/recipes.d/mine.yaml")
+    # Installed again it is as after the first time, and has nothing to complain of.
+    said = apt(packaged.host, "install", "/root/llmstudiod.deb")
+    assert "llmstudiod.service" not in said
+    assert packaged.state(SERVICE) == "inactive"
+    packaged.chat("mine")
 
 
 @pytest.mark.parametrize("is_model_there", [True, False], ids=["with a model", "without"])
@@ -310,22 +428,50 @@ def test_make_install_serves_and_uninstall_takes_it_away(build_tree: Path, gguf_
         host.bind(REPOSITORY, "/srv/source")
         before = files_of(host)
         offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/srv/wheels"}
-        host.run("make", "-C", "/srv/source", "install", env=offline, timeout=300)
+        take_port(host)
+        done = host.run("make", "-C", "/srv/source", "install", env=offline, timeout=300)
+        assert "llmstudioctl is /usr/local/bin/llmstudioctl" in done.stdout
+        assert "llmstudiod.socket cannot listen; is its port taken" in done.stderr
+        daemon.systemctl("stop", "taker")
+        daemon.systemctl("restart", SOCKETS[0])
+        shown = host.run("ls", "/usr/local/share/doc/llmstudiod/examples", "/etc/llmstudio/recipes.d").stdout
+        assert {path.name for path in (REPOSITORY / "etc/recipes.d").iterdir()} <= set(shown.splitlines())
         host.put(gguf_dir / "tiny.gguf", f"{MODELS}/tiny.gguf")
         assert json.loads(host.run(*CURL, URL).stdout)["choices"][0]["message"]["content"]
         assert "tiny" in host.run("/usr/local/bin/llmstudioctl", "list").stdout
         executable = host.run("readlink", f"/proc/{daemon.pid()}/exe").stdout
         assert executable.startswith("/usr/bin/python3")
         assert b"/usr/local/lib/llmstudiod/bin/python" in host.path(f"/proc/{daemon.pid()}/cmdline").read_bytes()
-        host.run("make", "-C", "/srv/source", "uninstall")
+        # Who types another prefix, or is not root, breaks nothing.
+        for target in ("install", "uninstall"):
+            assert "make uninstall PREFIX=/usr/local" in refused(host, target, "PREFIX=/opt/x")
+            assert f"sudo make {target}" in refused(host, target, user=65534)
+        assert daemon.state(SERVICE) == "active"
+        said = host.run("make", "-C", "/srv/source", "uninstall").stdout
+        assert all(word in said for word in ("/etc/llmstudio", MODELS, "llmstudio-admin"))
         assert daemon.systemctl("list-units", "--plain", "--no-legend", "llmstudio*") == ""
-        # What it wrote at run time to its own directories is there as well.
-        places = ("/etc/llmstudio", "/var/lib/llmstudio")
-        left = {
-            path for path in files_of(host) - before if "llmstudio" in path and not path.startswith("/run/systemd/")
-        }
-        assert [path for path in left if not f"{path}/".startswith(tuple(f"{place}/" for place in places))] == []
-        assert {"/etc/llmstudio/llmstudiod.yaml", f"{MODELS}/tiny.gguf"} <= left
+        # The books of others aside, what is left is what it has just said.
+        left = {path for path in files_of(host) - before if not path.startswith((*BOOKS, *BACKUPS, "/run/", "/srv/"))}
+        settings = {path for path in left if f"{path}/".startswith("/etc/llmstudio/")}
+        assert "/etc/llmstudio/llmstudiod.yaml" in settings
+        assert left - settings == {"/var/lib/llmstudio", MODELS, f"{MODELS}/tiny.gguf"}
+
+
+def test_make_leaves_the_package_alone(packaged: Daemon, build_tree: Path) -> None:
+    """Its units would be hidden by an installation, and stopped by an uninstallation."""
+    packaged.host.bind(build_tree / "usr/bin/make", "/usr/bin/make")
+    packaged.host.bind(REPOSITORY, "/srv/source")
+    for target in ("install", "uninstall"):
+        assert "the package llmstudiod is installed" in refused(packaged.host, target)
+    assert [packaged.state(socket) for socket in SOCKETS] == ["active"] * 3
+    packaged.host.run("test", "!", "-e", "/etc/systemd/system/llmstudiod.socket")
+
+
+def refused(host: Host, *words: str, user: int = 0) -> str:
+    """Return what make says when it refuses."""
+    done = host.run("setpriv", f"--reuid={user}", "make", "-C", "/srv/source", *words, check=False)
+    assert done.returncode != 0
+    return done.stderr
 
 
 def ensurepip(tree: Path) -> Iterator[str]:

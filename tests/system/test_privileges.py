@@ -38,7 +38,8 @@ def inside_the_daemon(daemon: Daemon, *argv: str) -> tuple[int, str]:
     """Run a command with the daemon's user, groups, seccomp filter, capabilities, namespaces and mounts."""
     wanted = [
         "User", "Group", "SupplementaryGroups", "CapabilityBoundingSet", "AmbientCapabilities", "NoNewPrivileges",
-        "ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "DevicePolicy", "PrivateNetwork",
+        "ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "DevicePolicy", "DeviceAllow", "BindPaths",
+        "PrivateNetwork",
         "RestrictAddressFamilies", "PrivateUsers", "RestrictNamespaces", "LockPersonality", "SystemCallArchitectures",
         "SystemCallFilter", "SystemCallErrorNumber", "MemoryDenyWriteExecute", "ProtectProc", "ProcSubset",
     ]  # fmt: skip
@@ -63,8 +64,9 @@ def test_nobody_else_reaches_the_launcher(daemon: Daemon, user: str) -> None:
 GOOD = f"id: x\nmodel_path: {MODELS}/tiny.gguf\n"
 REFUSED = [
     ({"verb": "stop", "id": "../ssh"}, "id: expected an id"),
-    ({"verb": "start", "id": "evil", "hash": HASH, "file": "/etc/passwd", "model": "/m.gguf"}, "recipes directory"),
-    ({"verb": "start", "id": "evil", "hash": HASH, "file": f"{RECIPES}/evil.yaml", "model": "/m.gguf"}, "is gone"),
+    ({"verb": "start", "id": "evil", "hash": HASH, "file": "/etc/passwd", "model": "/m.gguf"}, "file: expected"),
+    ({"verb": "start", "id": "evil", "hash": HASH, "file": "/etc/x.yaml", "model": "/m.gguf"}, "recipes directory"),
+    ({"verb": "start", "id": "evil", "hash": HASH, "file": f"{RECIPES}/evil.yaml", "model": "/m.gguf"}, "any more"),
     ({"verb": "start", "id": "shadow", "hash": HASH, "file": None, "model": "/etc/shadow"}, "is not served"),
     ({"verb": "start", "id": "tiny", "hash": HASH, "file": None, "model": f"{MODELS}/tiny.gguf"}, "is not served"),
     ({"verb": "put-recipe", "name": "../x.yaml", "text": ""}, "name: expected"),
@@ -89,16 +91,22 @@ def test_compromised_daemon_is_refused(daemon: Daemon, request_: dict[str, objec
 
 
 def test_recipe_of_another_owner_is_refused(daemon: Daemon) -> None:
-    """By the launcher, which reads the file itself; the client is told."""
+    """By the launcher, which reads the file itself, and by the daemon when it reads it; the client is told."""
     path = daemon.put_recipe({"id": "other", "model_path": f"{MODELS}/tiny.gguf"})
-    daemon.host.run("chown", "daemon", path)
     daemon.listen()
-    with (
-        daemon.client() as client,
-        pytest.raises(openai.InternalServerError, match="root to own it") as caught,
-    ):
-        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
-    assert "chown root" in str(caught.value.body)
+    chat = {"model": "other", "messages": [{"role": "user", "content": "x"}]}
+    with daemon.client() as client:
+        daemon.ctl("list")
+        daemon.host.run("chown", "daemon", path)
+        with pytest.raises(openai.InternalServerError, match="root to own it") as caught:
+            client.chat.completions.create(**chat)  # type: ignore[call-overload]
+        assert "chown root" in str(caught.value.body)
+        daemon.systemctl("reload", SERVICE)
+        with pytest.raises(openai.NotFoundError, match="there is no model 'other'") as unknown:
+            client.chat.completions.create(**chat)  # type: ignore[call-overload]
+        assert "root to own it" in str(unknown.value.body)
+    check = daemon.host.run("llmstudioctl", "check", check=False)
+    assert (check.returncode, "expected root to own it" in check.stdout) == (3, True)
     assert daemon.model_units() == []
 
 
@@ -167,6 +175,23 @@ def test_cuda_variant_is_nearly_as_closed(daemon: Daemon) -> None:
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
     assert found is not None, told
     assert float(found[1]) <= 0.5, told
+
+
+def test_daemon_may_measure_the_gpus(daemon: Daemon) -> None:
+    """NVIDIA's nodes are there for NVML, and may be opened: no driver answers here, but the device list lets it ask."""
+    host = daemon.host
+    host.run("sh", "-c", "for n in ctl:255 0:0; do mknod -m 666 /dev/nvidia${n%:*} c 195 ${n#*:}; done")
+    try:
+        daemon.listen()
+        pid = daemon.show(SERVICE, "MainPID")["MainPID"]
+        seen = host.run("ls", f"/proc/{pid}/root/dev").stdout.split()
+        assert {"nvidiactl", "nvidia0"} <= set(seen)
+        assert "fuse" not in seen
+        opened = "import os\ntry: os.open('/dev/nvidiactl', os.O_RDWR)\nexcept OSError as error: print(error.strerror)"
+        told = inside_the_daemon(daemon, "python3", "-c", opened)[1]
+        assert "No such device or address" in told, told
+    finally:
+        host.run("rm", "/dev/nvidiactl", "/dev/nvidia0")
 
 
 # Keys and administrators

@@ -62,6 +62,16 @@ def test_missing_sockets_are_opened(tmp_path: Path) -> None:
         sock.close()
 
 
+def test_endpoint_is_left_to_systemd_where_it_hands_over_the_admin_socket(tmp_path: Path) -> None:
+    """Its socket could not listen: what `listen` says is not opened in its place, and the way out is told."""
+    with socket.socket(socket.AF_UNIX) as admin:
+        handed = sockets.Listeners(admin=[admin])
+        listeners = sockets.open_missing(handed, addresses=["127.0.0.1:0"], admin_path=str(tmp_path / "a.sock"))
+        assert (listeners.http, listeners.admin) == ([], [admin])
+        assert "systemctl restart llmstudiod" in listeners.notes[0]
+    assert not (tmp_path / "a.sock").exists()
+
+
 def test_one_bad_address_is_told_and_the_others_serve(tmp_path: Path) -> None:
     """A host without ::1 still has 127.0.0.1."""
     addresses = ["[2001:db8::1]:0", "nonsense", "127.0.0.1:99999", "127.0.0.1:0"]
