@@ -150,7 +150,7 @@ def test_refusal_shows_the_sum_and_what_would_fit() -> None:
         "GPU 0 has 4.0 GiB free, 3.0 GiB could be freed; GPU 1 has 2.0 GiB free, 0 B could be freed"
     )
     assert hint.startswith("it would fit with max_model_len ")
-    length = int(hint.split()[6])
+    length = int(hint.split()[5])
     assert place(replace(wish, run=replace(wish.run, n_ctx=4 * length)), room(7, 2)) is not None
     assert place(replace(wish, run=replace(wish.run, n_ctx=4 * (length + 256))), room(7, 2)) is None
     assert "n_gpu_layers" in hint
