@@ -7,8 +7,9 @@ and layers; the compute buffers were fitted to what llama.cpp 0.7.0 reserves.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 from llmstudiod.core.model_shape import Layer, ModelShape
 
@@ -111,6 +112,16 @@ class Estimate:
     def kv(self) -> int:
         """Return the KV cache and the recurrent states, wherever they lie."""
         return self.host.kv + sum(device.kv for device in self.devices)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the terms as JSON holds them, in bytes."""
+        return {
+            "host": {**asdict(self.host), "repacked": self.repacked, "total": self.host_total},
+            "devices": [{**asdict(share), "total": share.total} for share in self.devices],
+            "prompt_cache": self.prompt_cache,
+            "is_validated": self.is_validated,
+            "notes": list(self.notes),
+        }
 
     def with_encoder(self, *, weights: int, compute: int) -> "Estimate":
         """Return the same with an encoder for pictures or sound, which goes to the first device that is used."""

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from llmstudiod.adapters.gguf_file import read_header
 from llmstudiod.adapters.model_files import ModelFile, resolve_model
 from llmstudiod.core.command import Context, plan_context
 from llmstudiod.core.errors import LlmstudioError
-from llmstudiod.core.memory import Estimate, Share, estimate
+from llmstudiod.core.memory import Estimate, estimate
 from llmstudiod.core.model_shape import ModelShape, model_shape
 from llmstudiod.core.needs import ENCODER_BYTES, run_of
 from llmstudiod.core.recipe import Recipe
@@ -80,7 +80,7 @@ def command(_: Client, arguments: argparse.Namespace) -> int:
         return 0
     print(_head(model, shape, context))
     for way in ways:
-        print(f"\n{way.name}\n{_table(way.need)}")
+        print(f"\n{way.name}\n{show.memory_table(way.need.as_dict())}")
     for note in ways[0].need.notes:
         print(f"\nnote: the compute buffers are {note}; llama-server itself will tell more exactly")
     return 0
@@ -120,21 +120,6 @@ def _head(model: ModelFile, shape: ModelShape, context: Context) -> str:
     )
 
 
-def _table(need: Estimate) -> str:
-    places: list[tuple[str, Share]] = [("GPU", share) for share in need.devices]
-    places.append(("RAM", need.host))
-    rows = [(name, [getattr(share, term) for _, share in places]) for name, term in TERMS]
-    if need.repacked:
-        rows.insert(1, ("weights in the CPU's order", [0] * len(need.devices) + [need.repacked]))
-    totals = [*(share.total for share in need.devices), need.host_total]
-    cells = [[name, *(format_bytes(value) if value else "" for value in values)] for name, values in rows]
-    cells.append(["total", *map(format_bytes, totals)])
-    return show.table(["", *(name for name, _ in places)], cells)
-
-
-TERMS = (("weights", "weights"), ("KV cache", "kv"), ("buffers", "compute"), ("runtime", "runtime"))
-
-
 def _as_dict(model: ModelFile, shape: ModelShape, context: Context, ways: list[_Way]) -> dict[str, Any]:
     return {
         "file": str(model.path),
@@ -147,18 +132,7 @@ def _as_dict(model: ModelFile, shape: ModelShape, context: Context, ways: list[_
         "n_ctx": context.n_ctx,
         "n_parallel": context.n_parallel,
         "n_ctx_total": context.n_ctx_total,
-        "estimates": [{"name": way.name, **estimate_dict(way.need)} for way in ways],
-    }
-
-
-def estimate_dict(need: Estimate) -> dict[str, Any]:
-    """Return an estimate as JSON has it, in bytes."""
-    return {
-        "host": {**asdict(need.host), "repacked": need.repacked, "total": need.host_total},
-        "devices": [{**asdict(share), "total": share.total} for share in need.devices],
-        "prompt_cache": need.prompt_cache,
-        "is_validated": need.is_validated,
-        "notes": list(need.notes),
+        "estimates": [{"name": way.name, **way.need.as_dict()} for way in ways],
     }
 
 

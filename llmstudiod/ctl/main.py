@@ -259,6 +259,8 @@ def _explain(client: Client, arguments: argparse.Namespace) -> int:
     print(f"context: {slots}")
     for note in plan["notes"]:
         print(f"note: {note}")
+    if plan["estimate"]:
+        print(f"\nmemory, with everything on the CPU:\n{show.memory_table(plan['estimate'])}\n")
     print(f"llama-server: {plan['llama_server']['version']}, from {plan['llama_server']['source']}")
     environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan["environment"].items())
     print(f"\ncommand:\n  {environment} {shlex.join(plan['argv'])}")

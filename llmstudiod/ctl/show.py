@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llmstudiod.core.units import format_duration
+from llmstudiod.core.units import format_bytes, format_duration
 
 _COLOURS = {"ready": "32", "failed": "31", "loading": "33", "starting": "33", "draining": "33", "stopping": "33"}
 
@@ -34,6 +34,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column:
         last = row[-1] if len(row[-1]) <= widths[-1] else row[-1][: widths[-1] - 1] + "…"
         lines.append("  ".join([*cells, last]).rstrip())
     return "\n".join(lines)
+
+
+def memory_table(estimate: dict[str, Any]) -> str:
+    """Return the terms of an estimate as a table: a column for each GPU and one for RAM."""
+    host, devices = estimate["host"], estimate["devices"]
+    names = [f"GPU {n}" if len(devices) > 1 else "GPU" for n in range(len(devices))]
+    terms = [("weights", "weights"), ("KV cache", "kv"), ("buffers", "compute"), ("runtime", "runtime")]
+    rows = [(name, [*(share[term] for share in devices), host[term]]) for name, term in terms]
+    if host["repacked"]:
+        rows.insert(1, ("weights in the CPU's order", [0] * len(devices) + [host["repacked"]]))
+    cells = [[name, *(format_bytes(value) if value else "" for value in values)] for name, values in rows]
+    cells.append(["total", *(format_bytes(share["total"]) for share in (*devices, host))])
+    return table(["", *names, "RAM"], cells)
 
 
 def model_rows(instances: list[dict[str, Any]]) -> list[list[str]]:

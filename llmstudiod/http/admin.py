@@ -261,6 +261,7 @@ class Admin:
             "n_parallel": context.n_parallel,
             "n_ctx_total": context.n_ctx_total,
             "notes": list(plan.command.notes),
+            "estimate": plan.estimate.as_dict() if plan.estimate else None,
             "llama_server": {"version": plan.binary.version, "source": plan.binary.source},
             "launcher": self._launcher.name,
         }

@@ -111,7 +111,10 @@ def test_explain_shows_what_would_be_run(daemon: RunningDaemon) -> None:
     argv = plan["argv"]
     assert argv[argv.index("--alias") + 1] == "text-embedding-3-small"
     assert plan["n_ctx_total"] == plan["n_ctx"] * plan["n_parallel"]
-    assert "--pooling mean" in daemon.ctl("explain", "ada").stdout
+    assert plan["estimate"]["host"]["total"] > plan["estimate"]["host"]["kv"] > 0
+    told = daemon.ctl("explain", "ada").stdout
+    assert "--pooling mean" in told
+    assert "KV cache" in told
     assert daemon.state("vectors") == "stopped"
 
 
