@@ -183,6 +183,7 @@ def test_daemon_may_measure_the_gpus(daemon: Daemon) -> None:
     host.run("sh", "-c", "for n in ctl:255 0:0; do mknod -m 666 /dev/nvidia${n%:*} c 195 ${n#*:}; done")
     try:
         daemon.listen()
+        daemon.ctl("status")
         pid = daemon.show(SERVICE, "MainPID")["MainPID"]
         seen = host.run("ls", f"/proc/{pid}/root/dev").stdout.split()
         assert {"nvidiactl", "nvidia0"} <= set(seen)

@@ -1,6 +1,7 @@
 """API keys: what their file may hold, whose a secret is, and what a key may do."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_file_that_another_could_have_written_is_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="expected root alone to write it") as caught:
         read_keys(path)
     assert "chmod 640" in str(caught.value.hint)
+    path.chmod(0o640)
+    if os.getuid() == 0:  # only root can give files away
+        os.chown(path, 12345, 12345)
+        with pytest.raises(ConfigError, match="found uid 12345"):
+            read_keys(path)
 
 
 @pytest.mark.parametrize("text", ["[]", " [] \n"])
