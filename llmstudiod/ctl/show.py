@@ -101,6 +101,12 @@ def status_text(item: dict[str, Any]) -> str:
     field("requests", f"{item['in_flight']} in flight, {item['queued']} waiting")
     if item["n_ctx"]:
         field("context", f"{item['n_ctx']} tokens a request, {item['slots']} slots")
+    measured, estimated = item["memory"]["measured"], item["memory"]["estimated"]
+    if measured is not None:
+        field(
+            "memory",
+            f"{format_bytes(measured)} of RAM" + (f", {format_bytes(estimated)} estimated" if estimated else ""),
+        )
     field("unit", f"{item['unit']} (pid {item['pid']})" if item["unit"] else None)
     field("socket", item["socket"] if item["unit"] else None)
     field("sandbox", f"relaxed: {', '.join(item['sandbox'])}" if item.get("sandbox") else None)

@@ -177,12 +177,16 @@ class Admin:
         shown = self._supervisor.view(self._model(request))
         if shown is None:
             raise NotFoundError(f"'{request.match_info['id']}' has no instance")
-        return json_response(self._shown(shown, with_story=True))
+        unit, plan = self._supervisor.unit_of(shown.id), self._supervisor.plan_of(shown.id)
+        estimated = plan.estimate.host_total if plan and plan.estimate else None
+        measured = await self._launcher.memory(unit) if unit and _is_up(shown) else None
+        memory = {"estimated": estimated, "measured": measured}
+        return json_response({**self._shown(shown, with_story=True), "memory": memory})
 
     def _shown(self, shown: InstanceView, *, with_story: bool) -> dict[str, Any]:
         entry = self._supervisor.catalogue.entries.get(shown.id)
         unit, plan = self._supervisor.unit_of(shown.id), self._supervisor.plan_of(shown.id)
-        is_up = shown.state in {State.LOADING, State.READY, State.DRAINING, State.STOPPING}
+        is_up = _is_up(shown)
         result: dict[str, Any] = {
             "id": shown.id,
             "name": (entry.recipe.name if entry else None) or shown.id,
@@ -333,6 +337,10 @@ class Admin:
             async for line in lines:
                 await response.write(_log_event(line))
         return response
+
+
+def _is_up(shown: InstanceView) -> bool:
+    return shown.state in {State.LOADING, State.READY, State.DRAINING, State.STOPPING}
 
 
 def _log_event(line: str) -> bytes:

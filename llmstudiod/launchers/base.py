@@ -76,6 +76,9 @@ class Launcher(Protocol):
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines of the model's log, then those that its server writes from now on."""
 
+    async def memory(self, unit: Unit) -> int | None:
+        """Return the host memory that the server has now, in bytes, the mapped file's pages included; None: unknown."""
+
     async def find_running(self) -> list[FoundUnit]:
         """Return the servers of an earlier daemon that still run; they are to be watched, or to be stopped."""
 

@@ -166,6 +166,14 @@ class SubprocessLauncher:
         """Return the last lines, then new ones as they come, over restarts of the model too."""
         return self._log(model_id).follow(limit)
 
+    async def memory(self, unit: Unit) -> int | None:
+        """Return the process's resident memory. Source: proc_pid_statm(5)."""
+        try:
+            resident = Path(f"/proc/{unit.pid}/statm").read_text().split()[1]  # noqa: ASYNC240 - never blocks
+        except (OSError, IndexError):
+            return None
+        return int(resident) * os.sysconf("SC_PAGE_SIZE")
+
     async def find_running(self) -> list[FoundUnit]:
         """Nothing outlives the daemon here."""
         return []

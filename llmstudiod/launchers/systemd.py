@@ -23,6 +23,7 @@ JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
 _SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus"
 _CLD_EXITED = "1"
+_NOT_SET = (1 << 64) - 1  # systemd counts nothing
 _EXIT_EXEC = "203"  # systemd.exec(5), "Process Exit Codes"
 
 
@@ -119,6 +120,12 @@ class SystemdLauncher:
             if process.returncode is None:
                 process.kill()
             await process.wait()
+
+    async def memory(self, unit: Unit) -> int | None:
+        """Return what systemd counts for the unit; nothing where the machine has no memory controller."""
+        _, output = await _run(["systemctl", "show", "--property=MemoryCurrent", "--value", unit.name])
+        value = int(output) if output.strip().isdecimal() else _NOT_SET
+        return None if value == _NOT_SET else value
 
     async def find_running(self) -> list[FoundUnit]:
         """Return the units that run, with what they say of themselves in their environment."""

@@ -77,6 +77,10 @@ class FakeLauncher(Launcher):
         for line in lines:
             yield line
 
+    async def memory(self, unit: Unit) -> int | None:
+        """Tell nothing."""
+        return None
+
     async def find_running(self) -> list[FoundUnit]:
         """Find nothing left."""
         return []

@@ -98,6 +98,8 @@ def test_load_unload_status_list_logs(daemon: RunningDaemon) -> None:
     assert [step["to"] for step in status["story"]] == ["starting", "loading", "ready"]
     assert psutil.pid_exists(status["pid"])
     assert "llama-server" in daemon.ctl("status").stdout
+    assert 10 << 20 < status["memory"]["measured"] < status["memory"]["estimated"] * 4
+    assert "of RAM" in daemon.ctl("status", "tiny").stdout
     assert "listening on" in daemon.ctl("logs", "tiny").stdout
     assert daemon.ctl("unload", "tiny").stdout == "unloaded: tiny\n"
     assert not psutil.pid_exists(status["pid"])

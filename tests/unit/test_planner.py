@@ -60,6 +60,10 @@ class NoLauncher:
         for line in await self.lines(model_id, limit=0):
             yield line
 
+    async def memory(self, unit: Unit) -> int | None:
+        """Never called."""
+        raise AssertionError(unit)
+
     async def find_running(self) -> list[FoundUnit]:
         """Return nothing."""
         return []
