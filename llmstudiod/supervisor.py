@@ -24,6 +24,8 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    MeasureMemory,
+    MemoryMeasured,
     PlanVetted,
     Publish,
     Refuse,
@@ -295,6 +297,8 @@ class Supervisor:
                 _ = self.spawn(self._stop(action), f"stop {action.model}")
             case Publish():
                 self._publish(action)
+            case MeasureMemory():
+                self.post(MemoryMeasured(self._clock(), action.number, None))
             case _:
                 assert_never(action)
 

@@ -93,6 +93,12 @@ class LoadFailedError(UnavailableError):
     kind = "load_failed"
 
 
+class DoesNotFitError(UnavailableError):
+    """The model needs more memory than there is, whoever goes for it."""
+
+    kind = "does_not_fit"
+
+
 class BackingOffError(UnavailableError):
     """The last start failed and the next attempt is not due yet."""
 

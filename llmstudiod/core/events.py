@@ -9,7 +9,9 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from llmstudiod.core.errors import LlmstudioError
+from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import Failure, ModelSpec, Transition, UpstreamFacts
+from llmstudiod.core.placement import Placement, Wish
 
 
 class Timer(StrEnum):
@@ -19,6 +21,7 @@ class Timer(StrEnum):
     DRAIN = "drain"
     STALL = "stall"
     OVERTAKE = "overtake"
+    MEASURE = "measure"
 
 
 # Events
@@ -53,12 +56,16 @@ class UnloadAsked:
 
 @dataclass(frozen=True, slots=True)
 class PlanVetted:
-    """The check that `VetPlan` asked for is done; ``failure`` is what is wrong with this version of the recipe."""
+    """The check that `VetPlan` asked for is done; ``failure`` is what is wrong with this version of the recipe.
+
+    ``wish`` is what it needs in memory, None where that is not known.
+    """
 
     at: float
     model: str
     recipe_hash: str
     failure: Failure | None
+    wish: Wish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,15 @@ class SpecsChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryMeasured:
+    """The answer to `MeasureMemory`; ``memory`` None: it cannot be measured, so it is not planned."""
+
+    at: float
+    number: int
+    memory: Memory | None
+
+
+@dataclass(frozen=True, slots=True)
 class UnitFound:
     """A unit of an earlier daemon serves this model; ``recipe_hash`` is that of the recipe it was started with."""
 
@@ -157,6 +173,7 @@ Event = (
     | TimerFired
     | SpecsChanged
     | UnitFound
+    | MemoryMeasured
     | ShutdownAsked
 )
 
@@ -165,8 +182,18 @@ Event = (
 
 
 @dataclass(frozen=True, slots=True)
+class MeasureMemory:
+    """Measure what the machine has and what is free; ends in `MemoryMeasured`."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class VetPlan:
-    """Check file, flags and binary of a model for which another one would have to go; ends in `PlanVetted`."""
+    """Check file, flags and binary of a model, and what it needs; ends in `PlanVetted`.
+
+    Before another one has to go for it, and where memory is planned before every start.
+    """
 
     model: str
     recipe_hash: str
@@ -174,10 +201,14 @@ class VetPlan:
 
 @dataclass(frozen=True, slots=True)
 class StartUnit:
-    """Plan and start a server for the model; ends in `UnitStarted` or `UnitFailed`, later in `BecameReady`."""
+    """Plan and start a server for the model; ends in `UnitStarted` or `UnitFailed`, later in `BecameReady`.
+
+    ``placement`` None: memory is not planned, and llama-server finds its place itself.
+    """
 
     model: str
     run: int
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,4 +269,4 @@ class Publish:
     transition: Transition
 
 
-Action = VetPlan | StartUnit | WatchUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish
+Action = MeasureMemory | VetPlan | StartUnit | WatchUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish

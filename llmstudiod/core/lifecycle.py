@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from llmstudiod.core.placement import Placement, Wish
+
 STORY_LENGTH = 64
 
 
@@ -124,6 +126,8 @@ class Instance:
     is_removed: bool = False
     is_vetted: bool = False  # its plan was found good, so that evicting for it is not in vain
     is_being_vetted: bool = False
+    wish: Wish | None = None  # what it needs, once its plan was checked; None: not known
+    placement: Placement | None = None  # where its process lies, while there is one
 
     @property
     def is_resident(self) -> bool:

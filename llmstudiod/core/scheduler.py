@@ -6,7 +6,7 @@ In every moment each request is in exactly one place: waiting in one instance, i
 Who has to go when there is not room for all is chosen in `llmstudiod.core.room`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar, assert_never
 
 from llmstudiod.core import room
@@ -28,6 +28,8 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    MeasureMemory,
+    MemoryMeasured,
     PlanVetted,
     Publish,
     Refuse,
@@ -49,6 +51,9 @@ from llmstudiod.core.events import (
     WatchUnit,
 )
 from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Waiter, view
+from llmstudiod.core.memory_watch import MemoryWatch
+from llmstudiod.core.placement import Placement
+from llmstudiod.core.seating import seating
 
 BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
 OVERTAKE_S = 2.0
@@ -71,6 +76,7 @@ class Scheduler:
         self._n_draining = 0
         self._is_shutting_down = False
         self._actions: list[Action] = []
+        self.watch = MemoryWatch()
 
     # What others may see
 
@@ -125,6 +131,8 @@ class Scheduler:
                 self._change_specs(event)
             case UnitFound():
                 self._adopt(event)
+            case MemoryMeasured():
+                self.watch.answer(event)
             case ShutdownAsked():
                 self._shut_down(event)
             case _:
@@ -239,7 +247,7 @@ class Scheduler:
 
     # The life of an instance
 
-    def _start(self, instance: Instance, at: float) -> None:
+    def _start(self, instance: Instance, at: float, placement: Placement | None) -> None:
         self._last_run += 1
         instance.run = self._last_run
         instance.failure = None
@@ -253,7 +261,8 @@ class Scheduler:
             if other.yields_to is instance:
                 other.yields_to = None
         self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
-        self._actions.append(StartUnit(instance.spec.id, instance.run))
+        instance.placement = placement
+        self._actions.append(StartUnit(instance.spec.id, instance.run, placement))
         self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
 
     def _adopt(self, event: UnitFound) -> None:
@@ -313,7 +322,7 @@ class Scheduler:
     def _fail(self, instance: Instance, at: float, failure: Failure) -> None:
         instance.failures += 1
         instance.failure = failure
-        self._forget_run(instance)
+        self._forget_run(instance, at)
         instance.retry_at = at + BACK_OFF_S[min(instance.failures, len(BACK_OFF_S)) - 1]
         if instance.is_stale:  # the recipe in force now is another one, and has not failed yet
             instance.failures, instance.retry_at, instance.is_stale = 0, at, False
@@ -347,14 +356,16 @@ class Scheduler:
     def _settle(self, instance: Instance, at: float, cause: str) -> None:
         instance.failures = 0
         instance.is_stale = False
-        self._forget_run(instance)
+        self._forget_run(instance, at)
         self._move(instance, State.STOPPED, at, cause)
         self._answer_unloads(instance)
         if instance.is_removed:
             del self._instances[instance.spec.id]
 
-    def _forget_run(self, instance: Instance) -> None:
+    def _forget_run(self, instance: Instance, at: float) -> None:
         """Nothing is in flight in a process that is gone; `_end` knows tickets of old runs by their run."""
+        instance.placement = None
+        self.watch.gone(at)
         instance.in_flight = {}
         instance.facts = None
         instance.progress = None
@@ -384,6 +395,8 @@ class Scheduler:
                     self._stop(instance, event.at)
             case Timer.OVERTAKE:
                 pass  # it only wakes us up to look for room
+            case Timer.MEASURE:
+                self.watch.outdate()
             case _:
                 assert_never(event.timer)
 
@@ -498,26 +511,39 @@ class Scheduler:
         wanted = room.wanted(instances)
         if not wanted and not room.recallable(instances):
             return
-        free = room.free_places(instances, max_instances=self.max_instances, n_wanted=len(wanted))
-        for instance in wanted[:free]:
-            self._start(instance, at)
-        queue = self._vetted_ones(wanted[free:])
-        n_sure = len(room.leaving(instances)) - len(room.recallable(instances))
-        for instance in room.unused(instances)[: max(0, len(queue) - n_sure)]:
+        is_planned = self.watch.is_on and bool(wanted)
+        if is_planned and not self.watch.is_fresh(at):
+            self._vet(wanted)
+            if (number := self.watch.ask()) is not None:
+                self._actions.append(MeasureMemory(number))
+            return
+        found = seating(
+            instances,
+            max_instances=self.max_instances,
+            memory=self.watch.memory if is_planned else None,
+            is_settling=self.watch.is_settling(at),
+        )
+        for instance, placement in found.start:
+            self._start(instance, at, placement)
+        for instance in found.stop:
             self._stop(instance, at, cause=StopCause.EVICT if instance.is_idle else StopCause.ABANDONED)
-        n_spare = len(room.leaving(instances)) - len(queue)
-        for instance in room.recallable(instances)[: max(0, n_spare)]:
+        for instance in found.recall:
             self._recall(instance, at)
-        for instance in queue[len(room.leaving(instances)) :]:
+        self._vet(found.unknown)
+        for instance in found.crowded:
             self._wait_for_busy(instance, at)
+        for instance, error in found.hopeless:
+            self._refuse_waiters(instance, error or self._all_pinned(instance))
+        for instance in found.settling[:1]:
+            if (again_at := self.watch.again(at)) is not None:
+                self._set_timer(instance, Timer.MEASURE, again_at)
 
-    def _vetted_ones(self, wanted: list[Instance]) -> list[Instance]:
-        """Return those for whom another may have to go; a recipe that cannot start must cost nobody anything."""
+    def _vet(self, wanted: Iterable[Instance]) -> None:
+        """Have plans checked; a recipe that cannot start must cost nobody anything."""
         for instance in wanted:
             if not instance.is_vetted and not instance.is_being_vetted:
                 instance.is_being_vetted = True
                 self._actions.append(VetPlan(instance.spec.id, instance.spec.recipe_hash))
-        return [instance for instance in wanted if instance.is_vetted]
 
     def _vetted(self, event: PlanVetted) -> None:
         instance = self._instances.get(event.model)
@@ -527,6 +553,7 @@ class Scheduler:
         if instance.is_resident or instance.spec.recipe_hash != event.recipe_hash:
             return  # it has found a place meanwhile, or is another recipe now, which is asked for anew
         instance.is_vetted = event.failure is None
+        instance.wish = event.wish
         if event.failure is not None and instance.waiters:
             self._fail(instance, event.at, event.failure)
             self._refuse_waiters(instance, _failure_error(instance.spec.id, event.failure, was_serving=False))
@@ -540,10 +567,6 @@ class Scheduler:
 
     def _wait_for_busy(self, wanted: Instance, at: float) -> None:
         """Nothing is unused: ask a busy instance to drain once ``wanted`` has waited for long enough."""
-        instances = self._instances.values()
-        if not room.evictable(instances) and not room.leaving(instances):
-            self._refuse_waiters(wanted, self._all_pinned(wanted))
-            return
         waited_since = room.oldest_arrival(wanted)
         due_at = waited_since + self._overtake_s
         if at < due_at:
@@ -551,7 +574,7 @@ class Scheduler:
                 wanted.overtake_at = due_at
                 self._set_timer(wanted, Timer.OVERTAKE, due_at)
             return
-        victim = room.busy_victim(instances, waited_since=waited_since)
+        victim = room.busy_victim(self._instances.values(), waited_since=waited_since)
         if victim is not None:
             victim.yields_to = wanted
             self._drain(victim, at, StopCause.EVICT)

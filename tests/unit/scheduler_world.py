@@ -21,6 +21,7 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    MeasureMemory,
     PlanVetted,
     Publish,
     Refuse,
@@ -309,6 +310,8 @@ class World:
                 self._at(TimerFired(max(self.now, action.at), action.model, action.run, action.timer))
             case Publish():
                 pass
+            case MeasureMemory():
+                raise AssertionError("memory is planned by nobody here")
             case _:
                 assert_never(action)
 
