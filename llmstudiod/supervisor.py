@@ -45,6 +45,7 @@ from llmstudiod.core.events import (
     VetPlan,
     WatchUnit,
 )
+from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import Failure, InstanceView, State
 from llmstudiod.core.model_spec import LifecycleDefaults, model_spec
 from llmstudiod.core.reasons import explain_exit
@@ -112,8 +113,10 @@ class Supervisor:
         upstreams: Upstreams,
         progress_mark: Callable[[Unit], object],
         clock: Callable[[], float],
+        measure: Callable[[float], Memory | None] | None = None,
     ) -> None:
         self._scheduler = scheduler
+        self.measure_with(measure)
         self._launcher = launcher
         self._planner = planner
         self._upstreams = upstreams
@@ -128,6 +131,11 @@ class Supervisor:
         self._found: dict[str, FoundUnit] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = asyncio.Event()
+
+    def measure_with(self, measure: Callable[[float], Memory | None] | None) -> None:
+        """Have memory planned by what this tells of a moment; it runs in a thread. None: memory is not planned."""
+        self._measure = measure
+        self._scheduler.watch.is_on = measure is not None
 
     # What others may read
 
@@ -289,7 +297,7 @@ class Supervisor:
                 _ = self.spawn(self._vet(action), f"check {action.model}")
             case StartUnit():
                 running = self._running[action.model] = _Running(action.run)
-                running.task = self.spawn(self._start(action.model, running), f"start {action.model}")
+                running.task = self.spawn(self._start(action, running), f"start {action.model}")
             case WatchUnit():
                 running = self._running[action.model] = self._adopted(action)
                 running.task = self.spawn(self._watch(action.model, running), f"watch {action.model}")
@@ -298,7 +306,7 @@ class Supervisor:
             case Publish():
                 self._publish(action)
             case MeasureMemory():
-                self.post(MemoryMeasured(self._clock(), action.number, None))
+                _ = self.spawn(self._measure_memory(action.number), "measure memory")
             case _:
                 assert_never(action)
 
@@ -340,22 +348,32 @@ class Supervisor:
 
     # Starting and stopping
 
+    async def _measure_memory(self, number: int) -> None:
+        memory = None
+        try:
+            if self._measure is not None:
+                memory = await asyncio.to_thread(self._measure, self._clock())
+        finally:
+            self.post(MemoryMeasured(self._clock(), number, memory))
+
     async def _vet(self, action: VetPlan) -> None:
         """Make the plan without carrying it out."""
         failure: Failure | None = _INTERNAL
+        wish = None
         try:
-            await self._planner.plan(self._entry(action.model))
+            wish = (await self._planner.plan(self._entry(action.model))).wish
             failure = None
         except LlmstudioError as error:
             failure = _failure_of(error)
         finally:
-            self.post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure))
+            self.post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure, wish))
 
-    async def _start(self, model: str, running: _Running) -> None:
+    async def _start(self, action: StartUnit, running: _Running) -> None:
         """Plan and start, then watch: the whole life of one run."""
+        model = action.model
         try:
             entry = self._entry(model)
-            running.plan = await self._planner.plan(entry)
+            running.plan = await self._planner.plan(entry, action.placement)
             running.alias = entry.recipe.alias
             running.unit = await self._launcher.start(running.plan.request)
         except LlmstudioError as error:

@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmstudiod.adapters.gguf_file import HeaderCache, opened
+from llmstudiod.adapters.memory_meter import total_ram_bytes
 from llmstudiod.adapters.model_files import resolve_model
 from llmstudiod.adapters.program import Program
 from llmstudiod.core.command import Command, ModelFiles, ServerBinary, cache_ram_mib
 from llmstudiod.core.errors import LlmstudioError, LoadFailedError
-from llmstudiod.core.launch import LaunchRequest, launch_request
+from llmstudiod.core.launch import Decisions, LaunchRequest, decided, launch_request
 from llmstudiod.core.memory import GPU_PROCESS_BYTES, Estimate
 from llmstudiod.core.model_shape import ModelShape, model_shape
-from llmstudiod.core.needs import memory_limit, on_the_host, run_of
+from llmstudiod.core.needs import default_cache_ram_mib, memory_limit, on_the_host, run_of
+from llmstudiod.core.placement import Placement, Wish
 from llmstudiod.core.recipe import Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.launchers.base import Launcher
@@ -41,6 +43,7 @@ class Plan:
     binary: ServerBinary
     alias: str
     estimate: Estimate | None = None
+    wish: Wish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Planner:
         self._program = program
         self._headers = HeaderCache()
         self._good: tuple[ServerBinary | None, set[tuple[object, ...]]] = (None, set())
+        self._cache_ram_mib = default_cache_ram_mib(total_ram_bytes())
 
     def use_settings(self, settings: Settings) -> None:
         """Take the settings of a reload."""
@@ -77,8 +81,8 @@ class Planner:
         """
         return await self._program.binary()
 
-    async def plan(self, entry: RecipeEntry) -> Plan:
-        """Return the plan for a recipe.
+    async def plan(self, entry: RecipeEntry, placement: Placement | None = None) -> Plan:
+        """Return the plan for a recipe, where it was placed if that is known.
 
         Raises:
             LlmstudioError: A file, a flag, the binary or the socket's path will not do; the message says which.
@@ -91,14 +95,29 @@ class Planner:
         is_sandboxed = self._launcher.is_sandboxed
         try:
             request, command = launch_request(
-                recipe, found.files, binary, recipe_file=entry.file, socket_path=socket_path, is_sandboxed=is_sandboxed
+                recipe,
+                found.files,
+                binary,
+                recipe_file=entry.file,
+                socket_path=socket_path,
+                is_sandboxed=is_sandboxed,
+                decisions=self._decisions(recipe, binary, placement),
             )
         except LoadFailedError as error:
             hint = f"{error.hint or 'see the recipe'} ({_recipe_place(entry)})"
             raise LoadFailedError(error.message, hint=hint, details=error.details) from error
-        request, estimate = _with_limit(request, recipe, found, command, binary)
+        request, estimate, wish = _with_limit(request, recipe, found, command, binary)
         await self._check(entry, request, binary)
-        return Plan(request, command, binary, recipe.alias, estimate)
+        return Plan(request, command, binary, recipe.alias, estimate, wish)
+
+    def _decisions(self, recipe: Recipe, binary: ServerBinary, placement: Placement | None) -> Decisions:
+        """Return what is chosen where the recipe leaves it open."""
+        has_cache = "--cache-ram" in binary.known_flags and not (recipe.embedding or recipe.rerank)
+        cache_ram = self._cache_ram_mib if has_cache else None
+        if placement is None or not placement.is_reduced:
+            return Decisions(cache_ram=cache_ram)
+        streams = 1 if placement.run.is_unified else placement.run.n_seq
+        return Decisions(max_model_len=placement.run.n_ctx // streams, cache_ram=cache_ram)
 
     async def _check(self, entry: RecipeEntry, request: LaunchRequest, binary: ServerBinary) -> None:
         """Ask the binary's own parser, once for each command line."""
@@ -188,17 +207,32 @@ def _size(path: str | None) -> int:
 
 def _with_limit(
     request: LaunchRequest, recipe: Recipe, found: _Found, command: Command, binary: ServerBinary
-) -> tuple[LaunchRequest, Estimate | None]:
-    """Return the request with a limit on host memory, where the recipe sets none and the need is known."""
+) -> tuple[LaunchRequest, Estimate | None, Wish | None]:
+    """Return the request with a limit on host memory where the recipe sets none, the need, and the wish for a place.
+
+    Without a shape nothing is known. With GPUs the need is an upper bound, and the place is llama-server's to find.
+    """
     if found.shape is None:
-        return request, None
-    run = run_of(recipe, command.context, cache_ram_mib=cache_ram_mib(recipe, binary.known_flags))
+        return request, None, None
+    chosen = decided(recipe, request.decisions)
+    run = run_of(chosen, command.context, cache_ram_mib=cache_ram_mib(chosen, binary.known_flags))
     need = on_the_host(found.shape, run, draft=found.draft, mmproj_bytes=found.mmproj_bytes)
+    wish = None
+    if not binary.devices or recipe.gpus == "none":
+        wish = Wish(
+            recipe.id,
+            found.shape,
+            run,
+            gpus=(),
+            is_context_open=recipe.max_model_len is None,
+            draft=found.draft,
+            mmproj_bytes=found.mmproj_bytes,
+        )
     if "MemoryMax" in request.limits:
-        return request, need
+        return request, need, wish
     gpu = GPU_PROCESS_BYTES * len(binary.devices)
     limit = memory_limit(need, found.shape, run, file_bytes=found.file_bytes) + gpu
-    return replace(request, limits={"MemoryMax": str(limit), "MemorySwapMax": "0", **request.limits}), need
+    return replace(request, limits={"MemoryMax": str(limit), "MemorySwapMax": "0", **request.limits}), need, wish
 
 
 def _recipe_place(entry: RecipeEntry) -> str:

@@ -96,7 +96,7 @@ class LoadFailedError(UnavailableError):
 class DoesNotFitError(UnavailableError):
     """The model needs more memory than there is, whoever goes for it."""
 
-    kind = "does_not_fit"
+    kind, exit_code = "does_not_fit", 7
 
 
 class BackingOffError(UnavailableError):

@@ -1,7 +1,8 @@
 """What is asked of a launcher, and how it follows from a recipe."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llmstudiod.core.command import BoundFile, Command, ModelFiles, ServerBinary, build_command
 from llmstudiod.core.recipe import STRICT, Recipe, Sandbox, recipe_hash
@@ -14,6 +15,23 @@ _LIMIT_PROPERTIES: Mapping[str, str] = {
     "nice": "Nice",
     "tasks_max": "TasksMax",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What was chosen for a start where the recipe leaves it open; None: the default. ``cache_ram`` in MiB."""
+
+    max_model_len: int | None = None
+    cache_ram: int | None = None
+
+
+def decided(recipe: Recipe, decisions: Decisions) -> Recipe:
+    """Return the recipe with what was chosen; what it says itself stays."""
+    changes: dict[str, Any] = {}
+    for name in ("max_model_len", "cache_ram"):
+        if getattr(recipe, name) is None and getattr(decisions, name) is not None:
+            changes[name] = getattr(decisions, name)
+    return replace(recipe, **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,7 @@ class LaunchRequest:
     device_groups: tuple[str, ...] = ()
     executables: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    decisions: Decisions = field(default_factory=Decisions)
 
 
 def question(argv: Iterable[str]) -> LaunchRequest:
@@ -55,13 +74,16 @@ def launch_request(
     recipe_file: str | None,
     socket_path: str,
     is_sandboxed: bool,
+    decisions: Decisions,
 ) -> tuple[LaunchRequest, Command]:
     """Return what starts the recipe's server, with the command line and what was decided on the way.
 
     Raises:
         LoadFailedError: The recipe asks for what this binary cannot do, or the socket's path is too long.
     """
-    command = build_command(recipe, files, binary, socket_path=socket_path, is_sandboxed=is_sandboxed)
+    command = build_command(
+        decided(recipe, decisions), files, binary, socket_path=socket_path, is_sandboxed=is_sandboxed
+    )
     request = LaunchRequest(
         model_id=recipe.id,
         recipe_hash=recipe_hash(recipe),
@@ -74,6 +96,7 @@ def launch_request(
         files=command.files,
         limits=_limits(recipe),
         sandbox=recipe.sandbox,
+        decisions=decisions,
         executables=binary.executables,
     )
     return request, command

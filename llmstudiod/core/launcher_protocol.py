@@ -14,7 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 from llmstudiod.core.errors import BadRequestError
-from llmstudiod.core.recipe import ID_PATTERN
+from llmstudiod.core.launch import Decisions
+from llmstudiod.core.recipe import ID_PATTERN, MAX_CONTEXT
 
 MAX_REQUEST_BYTES = (1 << 20) + (1 << 18)  # a recipe file of its largest size, escaped by a sane author
 
@@ -47,6 +48,7 @@ class Launch:
 
     ``file`` is None for a GGUF that is served without a recipe. ``model`` is the GGUF or first shard that the daemon
     found where the recipe names a directory or a relative path. ``memory_max`` in bytes, 0: none.
+    ``max_model_len`` (tokens) and ``cache_ram`` (MiB) count where the recipe says nothing.
     """
 
     verb: Verb
@@ -57,6 +59,13 @@ class Launch:
     n_ctx_train: int | None = None
     memory_max: int = 0
     gpus: tuple[str, ...] = ()
+    max_model_len: int | None = None
+    cache_ram: int | None = None
+
+    @property
+    def decisions(self) -> Decisions:
+        """Return what the daemon chose where the recipe leaves it open."""
+        return Decisions(self.max_model_len, self.cache_ram)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +87,11 @@ class Write:
 
 Request = Launch | Act | Write
 
+_CHOSEN = frozenset({"n_ctx_train", "memory_max", "gpus", "max_model_len", "cache_ram"})
 _KEYS: Mapping[Verb, tuple[type[Any], frozenset[str], frozenset[str]]] = {
     **dict.fromkeys(
         (Verb.START, Verb.SHOW, Verb.CHECK),
-        (Launch, frozenset({"id", "hash", "file", "model"}), frozenset({"n_ctx_train", "memory_max", "gpus"})),
+        (Launch, frozenset({"id", "hash", "file", "model"}), _CHOSEN),
     ),
     **dict.fromkeys((Verb.STOP, Verb.KILL, Verb.RESET), (Act, frozenset({"id"}), frozenset())),
     Verb.PROBE: (Act, frozenset(), frozenset()),
@@ -199,6 +209,8 @@ _CHECKS: Mapping[str, tuple[str, Callable[[object], object]]] = {
     "name": ("the name of a .yaml, .yml or .json file without a directory", _matching(_FILE_NAME)),
     "model": ("the absolute path of a model file", _path),
     "n_ctx_train": ("a whole number from 1 to 2^31, or null", _optional(_whole(1, 1 << 31))),
+    "max_model_len": (f"a whole number from 1 to {MAX_CONTEXT}, or null", _optional(_whole(1, MAX_CONTEXT))),
+    "cache_ram": ("a whole number of MiB up to 2^24, or null", _optional(_whole(0, 1 << 24))),
     "memory_max": ("a whole number of bytes up to 2^60", _whole(0, 1 << 60)),
     "gpus": ("a list of at most 64 UUIDs of GPUs", _gpus),
     "text": ("text of at most 1 MiB", _text),

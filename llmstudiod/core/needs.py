@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from llmstudiod.core.command import Context
+from llmstudiod.core.command import DEFAULT_CACHE_RAM_MIB, Context
 from llmstudiod.core.flags import find_flag
 from llmstudiod.core.memory import MIB, Estimate, Run, checkpoint_bytes, estimate
 from llmstudiod.core.model_shape import ModelShape
@@ -12,6 +12,17 @@ DEFAULT_UBATCH = 512
 DEFAULT_CHECKPOINTS = 32
 ENCODER_BYTES = 1 << 30
 """What an mmproj's encoder may take beside its weights for one picture; not validated."""
+
+
+def default_cache_ram_mib(total_ram: int) -> int:
+    """Return how much host memory prompts of the past may take where a recipe does not say: a sixteenth of it.
+
+    It is promised to each model, so llama-server's own 8 GiB would leave no room for a second one on most machines.
+
+    >>> default_cache_ram_mib(24 << 30), default_cache_ram_mib(1 << 40)
+    (1536, 8192)
+    """
+    return min(DEFAULT_CACHE_RAM_MIB, total_ram // 16 // MIB)
 
 
 def run_of(

@@ -57,12 +57,16 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model goes. ``gpus`` are indices, ``run.proportions`` their parts in this order; none: the CPU."""
+    """Where a model goes. ``gpus`` are indices, ``run.proportions`` their parts in this order; none: the CPU.
+
+    ``is_reduced``: the context is shorter than the one that was wished for.
+    """
 
     gpus: tuple[int, ...]
     run: Run
     estimate: Estimate
     notes: tuple[str, ...] = ()
+    is_reduced: bool = False
 
     def held(self, n_devices: int) -> Room:
         """Return what it takes of the host and of each of all devices."""
@@ -93,7 +97,7 @@ def place(wish: Wish, room: Room) -> Placement | None:
         if found is not None:
             if run.n_ctx < wish.run.n_ctx:
                 note = f"context reduced from {wish.run.n_ctx} to {run.n_ctx} tokens in all: more does not fit"
-                found = replace(found, notes=(*found.notes, note))
+                found = replace(found, notes=(*found.notes, note), is_reduced=True)
             return found
     return None
 
@@ -103,9 +107,10 @@ def _contexts(wish: Wish) -> Iterator[Run]:
     run = wish.run
     yield run
     streams = 1 if run.is_unified else run.n_seq
-    while wish.is_context_open and run.n_ctx // 2 >= MIN_CONTEXT * streams:
-        run = replace(run, n_ctx=run.n_ctx // 2)
-        yield run
+    length = run.n_ctx // streams // 2 // 256 * 256
+    while wish.is_context_open and length >= MIN_CONTEXT:
+        yield replace(run, n_ctx=length * streams)
+        length = length // 2 // 256 * 256
 
 
 def _placed(wish: Wish, run: Run, room: Room) -> Placement | None:
@@ -218,10 +223,10 @@ def refusal(wish: Wish, room: Room, freeable: Room, *, names: Sequence[str]) -> 
     layers = wish.all_layers if wish.n_gpu_layers is None else min(wish.n_gpu_layers, wish.all_layers)
     run = replace(wish.run, n_gpu_layers=layers if on_gpu else 0, proportions=(1.0,) if on_gpu else ())
     need = needs(wish, run)
-    told = [f"'{wish.model}' needs {_sum(need.devices[0], run)} on a GPU" if on_gpu else ""]
+    told = [f"it needs {_sum(need.devices[0], run)} on a GPU" if on_gpu else ""]
     host = replace(need.host, weights=need.host.weights + need.repacked, runtime=need.host.runtime + need.prompt_cache)
     if not on_gpu or host_bytes(need) > room.host:
-        told.append(f"{'and' if on_gpu else repr(wish.model) + ' needs'} {_sum(host, run)} of RAM")
+        told.append(f"{'and' if on_gpu else 'it needs'} {_sum(host, run)} of RAM")
     places = [
         f"{names[index]} has {format_bytes(max(0, room.devices[index]))} free, "
         f"{format_bytes(freeable.devices[index])} could be freed"

@@ -83,7 +83,7 @@ class _Table:
         later = self._memory.released(self._holdings(everyone)).room(self._holdings(staying))
         freed = tuple(max(0, b - a) for a, b in zip(now.devices, later.devices, strict=True))
         told, hint = refusal(wanted.wish, now, Room(max(0, later.host - now.host), freed), names=self._memory.names)
-        return DoesNotFitError(f"cannot load {told}", hint=hint)
+        return DoesNotFitError(f"cannot load '{wanted.spec.id}': {told}", hint=hint)
 
     def _holdings(self, instances: Iterable[Instance]) -> list[Holding]:
         assert self._memory is not None

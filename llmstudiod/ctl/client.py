@@ -28,6 +28,7 @@ EXIT_CODES = {
     "upstream_crashed": 7,
     "unavailable": 7,
     "load_failed": 7,
+    "does_not_fit": 7,
     "backing_off": 7,
     "shutting_down": 7,
     "load_stalled": 7,

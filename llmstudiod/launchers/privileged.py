@@ -148,6 +148,8 @@ def launch(verb: Verb, request: LaunchRequest) -> Launch:
         model=posixpath.normpath(request.model_path),
         n_ctx_train=request.n_ctx_train,
         memory_max=int(request.limits.get("MemoryMax", 0)),
+        max_model_len=request.decisions.max_model_len,
+        cache_ram=request.decisions.cache_ram,
     )
 
 

@@ -24,7 +24,6 @@ from llmstudiod.privileged.store import Store, identity
 
 COMMAND_TIMEOUT_S = 45.0
 QUESTION_TIMEOUT_S = 20.0
-NVIDIA = "/proc/driver/nvidia"
 GPU_NODES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd")
 
 
@@ -67,15 +66,16 @@ class Units:
         recipe, binary = self._store.recipe(launch, settings), self._binary(settings)
         files = model_files(recipe, launch, settings.model_dirs, os.path)
         request, _ = launch_request(
-            recipe, files, binary, recipe_file=launch.file, socket_path=inside_socket_path(recipe.id), is_sandboxed=True
-        )
-        information = {file.parent.name: file.read_text() for file in Path(NVIDIA).glob("gpus/*/information")}
-        minors, nodes = nvidia_minors(information), _gpu_nodes()
+            recipe, files, binary, recipe_file=launch.file, socket_path=inside_socket_path(recipe.id),
+            is_sandboxed=True, decisions=launch.decisions,
+        )  # fmt: skip
+        gpus = Path("/proc/driver/nvidia/gpus").glob("*/information")
+        minors, nodes = nvidia_minors({file.parent.name: file.read_text() for file in gpus}), _gpu_nodes()
         request = with_gpus(request, recipe.gpus, launch.gpus, backends=binary.devices, minors=minors, nodes=nodes)
         fallback = {"MemoryMax": str(launch.memory_max), "MemorySwapMax": "0"} if launch.memory_max else {}
         bound = checked(request.files, files.chat_template_file, settings.model_dirs)
-        hidden = (*settings.model_dirs, settings.recipes_dir)
-        return _with_groups(replace(request, files=bound, hidden=hidden, limits={**fallback, **request.limits}))
+        limits, hidden = {**fallback, **request.limits}, (*settings.model_dirs, settings.recipes_dir)
+        return _with_groups(replace(request, files=bound, hidden=hidden, limits=limits))
 
     def _binary(self, settings: Settings) -> ServerBinary:
         """Return the binary with what it says of itself; asked again when the file on disk has changed."""

@@ -9,6 +9,7 @@ from llmstudiod.adapters.planner import Plan, Planner
 from llmstudiod.core.command import Command, Context, ServerBinary
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.placement import Placement, Wish
 from llmstudiod.core.recipe import RecipeEntry
 from llmstudiod.launchers.base import Exit, FoundUnit, Launcher, Unit
 from tests.integration.fake_upstream import FakeUpstream
@@ -96,10 +97,13 @@ class FakePlanner(Planner):
 
     def __init__(self, launcher: FakeLauncher) -> None:
         self._fake_launcher = launcher
+        self.wishes: dict[str, Wish] = {}
+        self.placements: list[tuple[str, Placement | None]] = []
 
-    async def plan(self, entry: RecipeEntry) -> Plan:
+    async def plan(self, entry: RecipeEntry, placement: Placement | None = None) -> Plan:
         """Return a plan with nothing but the socket and the name."""
         recipe = entry.recipe
+        self.placements.append((recipe.id, placement))
         request = LaunchRequest(
             model_id=recipe.id,
             recipe_hash="",
@@ -109,4 +113,4 @@ class FakePlanner(Planner):
             socket_path=self._fake_launcher.socket_path(recipe.id),
         )
         command = Command(("fake",), {}, Context(4096, 4, 16384))
-        return Plan(request, command, ServerBinary(("fake",), "test"), recipe.alias)
+        return Plan(request, command, ServerBinary(("fake",), "test"), recipe.alias, wish=self.wishes.get(recipe.id))

@@ -160,6 +160,7 @@ class House:
     proxy: Proxy
     endpoint: EndpointServer
     port: int
+    planner: FakePlanner
     faults: list[str] = field(default_factory=list)
     _clients: list[Client] = field(default_factory=list)
 
@@ -261,11 +262,11 @@ async def open_house(
     loop = asyncio.get_running_loop()
     launcher = FakeLauncher(directory)
     launcher.upstreams = {recipe.id: FakeUpstream(recipe.alias) for recipe in recipes}
-    pools = Pools()
+    pools, planner = Pools(), FakePlanner(launcher)
     supervisor = Supervisor(
         scheduler=Scheduler(),
         launcher=launcher,
-        planner=FakePlanner(launcher),
+        planner=planner,
         upstreams=pools,
         progress_mark=lambda _: None,
         clock=loop.time,
@@ -281,7 +282,7 @@ async def open_house(
     endpoint_path = fast_path if has_fast_path else None
     endpoint = EndpointServer(proxy.handle, fast_path=endpoint_path, after_loss=proxy.after_fast_loss)
     server = await loop.create_server(endpoint, "127.0.0.1", 0)
-    house = House(launcher, supervisor, pools, proxy, endpoint, server.sockets[0].getsockname()[1])
+    house = House(launcher, supervisor, pools, proxy, endpoint, server.sockets[0].getsockname()[1], planner)
     loop.set_exception_handler(lambda _, context: house.faults.append(f"{context['message']}: {context}"))
     handler = _Faults(house.faults)
     logging.getLogger().addHandler(handler)

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from llmstudiod.core.errors import LauncherError, LlmstudioError, LoadFailedError, ModelNotFoundError
+from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import State
+from llmstudiod.core.memory import Run
+from llmstudiod.core.model_shape import Layer, ModelShape
+from llmstudiod.core.placement import Room, Wish
 from llmstudiod.launchers.base import Exit
 from tests.integration.house import House, eventually, open_house
 
@@ -163,3 +167,37 @@ async def test_shutdown_ends_everything(house: House) -> None:
     assert (await loading).kind == "shutting_down"
     assert {house.state("other"), house.state("tiny")} == {State.STOPPED}
     assert (await failure_of(house, "other")).kind == "shutting_down"
+
+
+def wish(model: str, gib: float) -> Wish:
+    """A model that needs so many GiB of RAM."""
+    layer = Layer(weights=int(gib * (1 << 30)))
+    shape = ModelShape("llama", (layer,), 0, 0, 64, 64, 1, 64, 64, 100, 2048)
+    return Wish(model, shape, Run(512), gpus=())
+
+
+async def test_models_share_the_memory(house: House) -> None:
+    """What was measured decides who may stay, and what does not fit is refused with the sum."""
+    house.planner.wishes = {"tiny": wish("tiny", 8), "other": wish("other", 8)}
+    free = 12 << 30
+    house.supervisor.measure_with(lambda at: Memory(at, Room(12 << 30), Room(free)))
+    await house.supervisor.load("tiny")
+    await house.supervisor.load("other")
+    assert (house.state("tiny"), house.state("other")) == (State.STOPPED, State.READY)
+    placed = [placement for _, placement in house.planner.placements if placement is not None]
+    assert [placement.estimate.host.weights for placement in placed] == [8 << 30] * 2
+    free = 1 << 30
+    await house.supervisor.unload("other")
+    error = await failure_of(house)
+    assert error.kind == "does_not_fit"
+    assert error.message.startswith("cannot load 'tiny': it needs 8.")
+    assert error.message.endswith("of RAM; 1.0 GiB of RAM are free, 0 B could be freed")
+    assert house.state() is State.STOPPED
+
+
+async def test_memory_that_cannot_be_measured_is_not_planned(house: House) -> None:
+    """Models are started as before, and llama-server tells what it lacks."""
+    house.planner.wishes = {"tiny": wish("tiny", 8)}
+    house.supervisor.measure_with(lambda _: None)
+    await house.supervisor.load("tiny")
+    assert house.state() is State.READY

@@ -105,6 +105,8 @@ HOSTILE = [
     (launch(model="/models/./m.gguf"), "model: expected"),
     # Numbers and GPUs
     *((launch(n_ctx_train=bad), "n_ctx_train: expected") for bad in (0, -1, 1 << 40, 1.5, "1", True, [1])),
+    *((launch(max_model_len=bad), "max_model_len: expected") for bad in (0, -1, 1 << 25, "1", True)),
+    *((launch(cache_ram=bad), "cache_ram: expected") for bad in (-1, 1 << 25, 1.5, "1")),
     *((launch(memory_max=bad), "memory_max: expected") for bad in (-1, 1 << 61, None, "1G")),
     *((launch(gpus=bad), "gpus: expected") for bad in (
         "GPU-1", [0], ["0"], ["GPU-"], ["GPU-1\n"], ["GPU-../../x y"], ["GPU-1"] * 65, [["GPU-1"]], {"GPU-1": 1},

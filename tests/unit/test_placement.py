@@ -146,7 +146,7 @@ def test_refusal_shows_the_sum_and_what_would_fit() -> None:
     wish = replace(WISH, n_gpu_layers=33)
     told, hint = refusal(wish, room(4, 2), room(3, 0), names=["GPU 0", "GPU 1"])
     assert told == (
-        "'llama3-8b' needs 9.1 GiB (weights 4.5 GiB, KV cache 4.0 GiB for 32,768 tokens, buffers 644.0 MiB) on a GPU; "
+        "it needs 9.1 GiB (weights 4.5 GiB, KV cache 4.0 GiB for 32,768 tokens, buffers 644.0 MiB) on a GPU; "
         "GPU 0 has 4.0 GiB free, 3.0 GiB could be freed; GPU 1 has 2.0 GiB free, 0 B could be freed"
     )
     assert hint.startswith("it would fit with max_model_len ")
@@ -159,7 +159,7 @@ def test_refusal_shows_the_sum_and_what_would_fit() -> None:
 def test_refusal_on_the_cpu_speaks_of_ram() -> None:
     """And says so when nothing would help."""
     told, hint = refusal(replace(WISH, gpus=()), room(8, host=2), room(0, host=1), names=["GPU 0"])
-    assert told.startswith("'llama3-8b' needs 8.9 GiB (weights 4.7 GiB,")
+    assert told.startswith("it needs 8.9 GiB (weights 4.7 GiB,")
     assert told.endswith("of RAM; 2.0 GiB of RAM are free, 1.0 GiB could be freed")
     assert "GPU" not in told
     assert hint == "a smaller quantisation, or a smaller model, may fit"

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from llmstudiod.adapters.memory_meter import total_ram_bytes
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.program import LocalProgram
 from llmstudiod.core.errors import BinaryError, LoadFailedError
-from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.launch import Decisions, LaunchRequest, decided
 from llmstudiod.core.launcher_protocol import Verb
+from llmstudiod.core.needs import default_cache_ram_mib
+from llmstudiod.core.placement import Placement, needs
 from llmstudiod.core.recipe import Limits, LoraAdapter, Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.demo.tiny_gguf import Fault, TinyModel, write_tiny_gguf
@@ -151,6 +154,63 @@ async def test_memory_is_limited_where_the_recipe_does_not(planner: Planner, mod
     assert int(small.request.limits["MemoryMax"]) < limit
     beside = await planner.plan(entry(path, max_model_len=256, max_num_seqs=1, cache_ram=0, draft_model=str(path)))
     assert int(beside.request.limits["MemoryMax"]) > int(small.request.limits["MemoryMax"])
+
+
+def program_that_knows(tmp_path: Path, *flags: str) -> str:
+    """A llama-server with these flags more, and without a GPU."""
+    words = " ".join(("-m", *flags))
+    return str(write_program(tmp_path / "other-server", f'echo "version: 1"; echo \'opts="{words}"\''))
+
+
+async def test_wish_is_what_a_model_on_the_cpu_needs(tmp_path: Path, models: Path) -> None:
+    """Its shape and how it will run; with a GPU that llama-server may use, its place is llama-server's to find."""
+    settings = Settings(llama_server=program_that_knows(tmp_path), model_dirs=(str(models),))
+    plan = await new_planner(settings).plan(entry(models / "tiny.gguf", n_ubatch=64))
+    assert plan.wish is not None
+    assert (plan.wish.model, plan.wish.gpus, plan.wish.is_context_open) == ("m", (), True)
+    assert (plan.wish.run.n_ctx, plan.wish.run.n_seq, plan.wish.run.n_ubatch) == (8192, 4, 64)
+    fixed = await new_planner(settings).plan(entry(models / "tiny.gguf", max_model_len=512))
+    assert fixed.wish is not None
+    assert not fixed.wish.is_context_open
+
+
+async def test_gpu_is_not_planned_yet(planner: Planner, models: Path) -> None:
+    """The program of this test has one; a recipe that wants none of it is placed in RAM."""
+    assert (await planner.plan(entry(models / "tiny.gguf"))).wish is None
+    assert (await planner.plan(entry(models / "tiny.gguf", gpus="none"))).wish is not None
+
+
+async def test_reduced_context_is_used(tmp_path: Path, models: Path) -> None:
+    """Where the recipe left it open; the launcher is told the same number."""
+    settings = Settings(llama_server=program_that_knows(tmp_path), model_dirs=(str(models),))
+    planner = new_planner(settings)
+    wanted = entry(models / "tiny.gguf")
+    wish = (await planner.plan(wanted)).wish
+    assert wish is not None
+    run = dataclasses.replace(wish.run, n_ctx=4 * 512)
+    placement = Placement((), run, needs(wish, run), is_reduced=True)
+    plan = await planner.plan(wanted, placement)
+    assert plan.command.context.n_ctx == 512
+    assert launch(Verb.START, plan.request).max_model_len == 512
+    whole = await planner.plan(wanted, dataclasses.replace(placement, is_reduced=False))
+    assert launch(Verb.START, whole.request).max_model_len is None
+    own = await planner.plan(entry(models / "tiny.gguf", max_model_len=1024), placement)
+    assert own.command.context.n_ctx == 1024
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({}, str(default_cache_ram_mib(total_ram_bytes()))), ({"cache_ram": 7}, "7"), ({"embedding": True}, "0")],
+)
+async def test_prompt_cache_is_a_part_of_the_ram(
+    tmp_path: Path, models: Path, fields: dict[str, object], expected: str
+) -> None:
+    """llama-server's own 8 GiB for each model would leave no room for a second one; a recipe's number stays."""
+    settings = Settings(llama_server=program_that_knows(tmp_path, "--cache-ram"), model_dirs=(str(models),))
+    plan = await new_planner(settings).plan(entry(models / "tiny.gguf", **fields))
+    assert plan.request.argv[plan.request.argv.index("--cache-ram") + 1] == expected
+    told = launch(Verb.START, plan.request).cache_ram
+    assert decided(Recipe(id="m", model_path="/m"), Decisions(cache_ram=told)).cache_ram == told
 
 
 async def test_relative_path_is_looked_up_in_the_model_directories(program: Path, models: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_pinned_stays() -> None:
     number = world.ask("b")
     error = world.error(number)
     assert isinstance(error, DoesNotFitError)
-    assert error.message.startswith("cannot load 'b' needs 13.9 GiB (weights 13.4 GiB, KV cache")
+    assert error.message.startswith("cannot load 'b': it needs 13.9 GiB (weights 13.4 GiB, KV cache")
     assert "GPU 0 has 10.1 GiB free, 0 B could be freed" in error.message
     assert ready(world) == ["a"]
 
