@@ -20,9 +20,10 @@ class DeviceProcess:
 class Device:
     """One GPU.
 
-    ``index`` counts NVIDIA's in the order of the PCI bus, as ``nvidia-smi`` does, and others after them. ``uuid`` is
-    what CUDA_VISIBLE_DEVICES takes, for a MIG slice its own; None for other vendors. ``kind`` is the backend that
-    llama.cpp drives it with: ``CUDA``, ``ROCm`` or ``Vulkan``.
+    ``index`` counts NVIDIA's in the order of the PCI bus, as ``nvidia-smi`` does, and others after them. It is no place
+    in a list: the number of a lost GPU is missing, and so is that of a divided one, whose parts come after the whole
+    ones. ``uuid`` is what CUDA_VISIBLE_DEVICES takes, for a MIG slice its own; None for other vendors. ``kind`` is the
+    backend that llama.cpp drives it with: ``CUDA``, ``ROCm`` or ``Vulkan``.
     ``total`` and ``free`` are None where the driver does not tell. ``shares_host_memory``: it has no memory of its own,
     as integrated GPUs; what it takes is taken from RAM.
     """

@@ -11,8 +11,8 @@ from typing import Any
 from llmstudiod import __version__
 from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
 from llmstudiod.ctl import estimate as estimates
+from llmstudiod.ctl import gpus, show
 from llmstudiod.ctl import keys as api_keys
-from llmstudiod.ctl import show
 from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
 
 Command = Callable[[Client, argparse.Namespace], int]
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = add("explain", _explain, "show how a model would be started, and why so")
     explain.add_argument("model")
     estimates.add_arguments(add("estimate", estimates.command, "tell what a GGUF file needs in memory"))
+    add("gpus", gpus.command, "show the GPUs, who uses them, and RAM")
     key = add("key", _no_command, "make, list or revoke the endpoint's API keys")
     keys = key.add_subparsers(required=True, metavar="COMMAND")
 

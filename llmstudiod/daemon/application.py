@@ -7,12 +7,15 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from aiohttp import web
 
+from llmstudiod.adapters.devices import Devices
 from llmstudiod.adapters.key_file import is_credential, keys_path, read_keys, write_own_keys
+from llmstudiod.adapters.memory_meter import measure_memory
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import progress_mark
@@ -30,6 +33,7 @@ from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
 from llmstudiod.http.access import Access, Rules
 from llmstudiod.http.admin import Admin
+from llmstudiod.http.admin_gpus import AdminGpus
 from llmstudiod.http.admin_keys import AdminKeys
 from llmstudiod.http.client import EndpointServer
 from llmstudiod.http.fast_path import FastPath
@@ -64,6 +68,7 @@ class Application:
         settings = self.loaded.settings
         self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
         self.launcher, program = _launcher(settings, self._helper)
+        self.devices = Devices(models_are_units=self.launcher.outlives_us)
         self.planner = Planner(settings, self.launcher, program)
         self.pools = Pools()
         self.supervisor = Supervisor(
@@ -73,6 +78,7 @@ class Application:
             upstreams=self.pools,
             progress_mark=lambda unit: progress_mark(unit.pid),
             clock=clock,
+            measure=partial(measure_memory, models_are_units=self.launcher.outlives_us),
         )
         listing = Listing(self.supervisor, created=int(time.time()))
         self._keys_error: ConfigError | None = None
@@ -100,6 +106,7 @@ class Application:
             clock=clock,
             keys=keys,
             more_faults=self._more_faults,
+            gpus=AdminGpus(self.devices.measure, self.supervisor),
         )
         self._put_in_force(found)
         self._servers: list[asyncio.Server] = []

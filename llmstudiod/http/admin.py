@@ -19,6 +19,7 @@ from llmstudiod.core.errors import AccessDeniedError, BadRequestError, Llmstudio
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.recipe import Fault, RecipeEntry
 from llmstudiod.core.settings import LoadedSettings
+from llmstudiod.http.admin_gpus import AdminGpus
 from llmstudiod.http.admin_keys import AdminKeys
 from llmstudiod.http.answers import error_headers, json_bytes, json_response
 from llmstudiod.http.listing import Listing
@@ -62,7 +63,9 @@ class Admin:
         clock: Callable[[], float],
         keys: AdminKeys,
         more_faults: Callable[[], list[Fault]],
+        gpus: AdminGpus,
     ) -> None:
+        self._gpus = gpus
         self._keys = keys
         self._more_faults = more_faults
         self._supervisor = supervisor
@@ -96,6 +99,7 @@ class Admin:
                 web.post("/api/models/unload", self._evict_all),
                 web.post("/api/models/unload/{id}", self._evict_one),
                 *self._keys.routes(),
+                *self._gpus.routes(),
             ]
         )
         return app

@@ -65,11 +65,11 @@ _llmstudioctl() {
             if [[ $cur == -* ]]; then
                 mapfile -t COMPREPLY < <(compgen -W "$common" -- "$cur")
             else
-                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain estimate key schema version" -- "$cur")
+                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain estimate gpus key schema version" -- "$cur")
             fi
             return
             ;;
-        list | status | check | explain | schema | version) options=$common ;;
+        list | status | check | explain | gpus | schema | version) options=$common ;;
         key | "key list" | "key revoke") options=$common ;;
         "key add") options="--admin --metrics --models --expires $common" ;;
         estimate) options="--n-ctx --n-parallel --kv-unified --n-gpu-layers --cache-type-k --cache-type-v --n-ubatch --no-flash-attn --n-cpu-moe --draft-model --mmproj $common" ;;

@@ -71,6 +71,7 @@ complete -c llmstudioctl -n __llmstudioctl_command -a logs -d "show a model's lo
 complete -c llmstudioctl -n __llmstudioctl_command -a check -d 'check recipe files, or everything that the daemon has loaded'
 complete -c llmstudioctl -n __llmstudioctl_command -a explain -d 'show how a model would be started, and why so'
 complete -c llmstudioctl -n __llmstudioctl_command -a estimate -d 'tell what a GGUF file needs in memory'
+complete -c llmstudioctl -n __llmstudioctl_command -a gpus -d 'show the GPUs, who uses them, and RAM'
 complete -c llmstudioctl -n __llmstudioctl_command -a key -d "make, list or revoke the endpoint's API keys"
 complete -c llmstudioctl -n __llmstudioctl_command -a schema -d 'print the JSON schema of recipes, for editors'
 complete -c llmstudioctl -n __llmstudioctl_command -a version -d 'show the versions of this program, the daemon and llama-server'

@@ -16,6 +16,7 @@ import pytest
 
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
+from tests.model_zoo import ZOO, write
 
 pytestmark = pytest.mark.engine
 
@@ -118,6 +119,27 @@ def test_explain_shows_what_would_be_run(daemon: RunningDaemon) -> None:
     assert "--pooling mean" in told
     assert "KV cache" in told
     assert daemon.state("vectors") == "stopped"
+
+
+def test_model_that_does_not_fit_is_refused_with_the_sum(daemon: RunningDaemon, client: openai.OpenAI) -> None:
+    """Before anything is started; the hint names a context that fits, and with that it does."""
+    write(daemon.home / "wide.gguf", ZOO["llama-wide"])
+    recipe = {"id": "wide", "model_path": str(daemon.home / "wide.gguf"), "max_model_len": 1 << 24}
+    daemon.put_recipe(recipe)
+    daemon.reload()
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model="wide", messages=QUESTION)
+    error = caught.value.body
+    assert isinstance(error, dict)
+    assert (caught.value.status_code, error["kind"]) == (503, "does_not_fit")
+    assert "cannot load 'wide': it needs 5" in error["message"]
+    assert "GiB for 67,108,864 tokens" in error["message"]
+    assert "of RAM are free" in error["message"]
+    length = int(error["hint"].removeprefix("it would fit with max_model_len "))
+    assert 256 <= length < 1 << 24
+    assert daemon.state("wide") == "stopped"
+    loaded = daemon.ctl("load", "wide")
+    assert (loaded.returncode, "it would fit with" in loaded.stderr) == (7, True)
 
 
 def test_logs_can_be_followed(daemon: RunningDaemon) -> None:
