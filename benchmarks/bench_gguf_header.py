@@ -20,13 +20,15 @@ import numpy as np
 OURS = "from llmstudiod.adapters.gguf_file import read_header; read = lambda path: len(read_header(path).tensors)"
 THEIRS = "import gguf; read = lambda path: len(gguf.GGUFReader(path).tensors)"
 TIMED = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 {imports}
 began = time.perf_counter()
 tensors = read(Path(sys.argv[1]))
 seconds = time.perf_counter() - began
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, tensors]))
+# Not ru_maxrss, which begins with that of whoever started the process.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(json.dumps([seconds, int(peak.split()[1]), tensors]))
 """
 
 
