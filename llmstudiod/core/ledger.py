@@ -15,7 +15,8 @@ from llmstudiod.core.placement import Placement, Room
 class Holding:
     """What one model holds. ``untaken``: what of it no measurement of today shows as used, in bytes.
 
-    All of it until the model is ready; afterwards the pages of its mapped file, which Linux counts as available.
+    All of it until the model is ready; afterwards the pages of its mapped file, which Linux counts as available, and
+    the prompt cache, which grows for days.
     """
 
     held: Room
@@ -58,7 +59,8 @@ def holding(placement: Placement, n_devices: int, *, is_taken: bool) -> Holding:
     held = placement.held(n_devices)
     if not is_taken:
         return Holding(held, held)
-    later = placement.estimate.host.weights + placement.estimate.prompt_cache
+    mapped = placement.estimate.host.weights - placement.estimate.repacked
+    later = mapped + placement.estimate.prompt_cache
     return Holding(held, Room(min(held.host, later), (0,) * n_devices))
 
 

@@ -77,8 +77,12 @@ class Placement:
 
 
 def host_bytes(need: Estimate) -> int:
-    """Return what a model takes of RAM: what it has for good, and the prompt cache that it may fill."""
-    return need.host_total + need.prompt_cache
+    """Return what a model takes of RAM: what it has for good, and the prompt cache that it may fill.
+
+    Weights that the CPU copies into another order count once: the file's own pages are not needed any more then, and
+    the kernel gives them to whoever needs room.
+    """
+    return need.host.total + need.prompt_cache
 
 
 def needs(wish: Wish, run: Run) -> Estimate:
@@ -224,7 +228,7 @@ def refusal(wish: Wish, room: Room, freeable: Room, *, names: Sequence[str]) -> 
     run = replace(wish.run, n_gpu_layers=layers if on_gpu else 0, proportions=(1.0,) if on_gpu else ())
     need = needs(wish, run)
     told = [f"it needs {_sum(need.devices[0], run)} on a GPU" if on_gpu else ""]
-    host = replace(need.host, weights=need.host.weights + need.repacked, runtime=need.host.runtime + need.prompt_cache)
+    host = replace(need.host, runtime=need.host.runtime + need.prompt_cache)
     if not on_gpu or host_bytes(need) > room.host:
         told.append(f"{'and' if on_gpu else 'it needs'} {_sum(host, run)} of RAM")
     places = [

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmstudiod.core.ledger import holding
 from llmstudiod.core.memory import MIB, Run
 from llmstudiod.core.model_shape import Layer, ModelShape
 from llmstudiod.core.placement import Placement, Room, Wish, needs, place, refusal
@@ -132,13 +133,24 @@ def test_what_goes_with_a_model_counts() -> None:
     assert both.devices[0].kv == alone.devices[0].kv * 34 // 32
 
 
+def test_weights_that_the_cpu_copies_count_once() -> None:
+    """The file's pages may go then, so the model fits where both together would not."""
+    shape = replace(SHAPE, repackable=4 * GIB)
+    need = needs(replace(WISH, shape=shape), WISH.run)
+    assert need.host_total == need.host.total + 4 * GIB
+    found = place(replace(WISH, shape=shape), Room(need.host.total))
+    assert found is not None
+    assert holding(found, 0, is_taken=True).untaken.host == need.host.weights - 4 * GIB
+    assert holding(found, 0, is_taken=False).untaken.host == need.host.total
+
+
 def test_held_is_told_for_each_device() -> None:
     """By the index of the device, whatever the order of the placement."""
     found = placed(WISH, 3, 7, 7)
     held = found.held(3)
     assert held.devices[0] == 0
     assert held.devices[1:] == tuple(share.total for share in found.estimate.devices)
-    assert held.host == found.estimate.host_total
+    assert held.host == found.estimate.host.total
 
 
 def test_refusal_shows_the_sum_and_what_would_fit() -> None:
