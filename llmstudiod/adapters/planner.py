@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import shlex
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from llmstudiod.adapters.memory_meter import total_ram_bytes
 from llmstudiod.adapters.model_files import resolve_model
 from llmstudiod.adapters.program import Program
 from llmstudiod.core.command import Command, ModelFiles, ServerBinary, cache_ram_mib
+from llmstudiod.core.devices import Device, Machine
 from llmstudiod.core.errors import LlmstudioError, LoadFailedError
+from llmstudiod.core.gpus import plannable, positions
 from llmstudiod.core.launch import Decisions, LaunchRequest, decided, launch_request
-from llmstudiod.core.memory import GPU_PROCESS_BYTES, Estimate
+from llmstudiod.core.memory import GPU_PROCESS_BYTES, Estimate, Run
 from llmstudiod.core.model_shape import ModelShape, model_shape
 from llmstudiod.core.needs import default_cache_ram_mib, memory_limit, on_the_host, run_of
 from llmstudiod.core.placement import Placement, Wish
@@ -60,7 +62,16 @@ class _Found:
 class Planner:
     """Makes plans; caches what it learned of GGUF headers and of command lines found good."""
 
-    def __init__(self, settings: Settings, launcher: Launcher, program: Program) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        launcher: Launcher,
+        program: Program,
+        *,
+        measure: Callable[[], Machine] | None = None,
+    ) -> None:
+        self._measure = measure
+        self.backends: tuple[str, ...] = ()
         self._settings = settings
         self._launcher = launcher
         self._program = program
@@ -79,7 +90,15 @@ class Planner:
         Raises:
             BinaryError: There is none, or it does not run.
         """
-        return await self._program.binary()
+        binary = await self._program.binary()
+        self.backends = binary.devices
+        return binary
+
+    def gpus(self) -> tuple[Device, ...]:
+        """Return the GPUs on which memory is planned; none where llama-server finds its place itself. Blocks."""
+        if self._measure is None or not self.backends:
+            return ()
+        return plannable(self._measure(), self.backends)
 
     async def plan(self, entry: RecipeEntry, placement: Placement | None = None) -> Plan:
         """Return the plan for a recipe, where it was placed if that is known.
@@ -106,7 +125,10 @@ class Planner:
         except LoadFailedError as error:
             hint = f"{error.hint or 'see the recipe'} ({_recipe_place(entry)})"
             raise LoadFailedError(error.message, hint=hint, details=error.details) from error
-        request, estimate, wish = _with_limit(request, recipe, found, command, binary)
+        chosen = decided(recipe, request.decisions)
+        run = run_of(chosen, command.context, cache_ram_mib=cache_ram_mib(chosen, binary.known_flags))
+        request, estimate = _with_limit(request, found, run, binary)
+        wish = _wish(recipe, found, run, binary, await asyncio.to_thread(self.gpus))
         await self._check(entry, request, binary)
         return Plan(request, command, binary, recipe.alias, estimate, wish)
 
@@ -114,10 +136,16 @@ class Planner:
         """Return what is chosen where the recipe leaves it open."""
         has_cache = "--cache-ram" in binary.known_flags and not (recipe.embedding or recipe.rerank)
         cache_ram = self._cache_ram_mib if has_cache else None
-        if placement is None or not placement.is_reduced:
-            return Decisions(cache_ram=cache_ram)
-        streams = 1 if placement.run.is_unified else placement.run.n_seq
-        return Decisions(max_model_len=placement.run.n_ctx // streams, cache_ram=cache_ram)
+        decisions = Decisions(cache_ram=cache_ram)
+        if placement is None:
+            return decisions
+        run = placement.run
+        if placement.is_reduced:
+            decisions = replace(decisions, max_model_len=run.n_ctx // (1 if run.is_unified else run.n_seq))
+        if not binary.devices or recipe.gpus == "none":
+            return decisions
+        split = tuple(map(int, run.proportions)) if len(placement.gpus) > 1 and recipe.tensor_split is None else ()
+        return replace(decisions, n_gpu_layers=run.n_gpu_layers, tensor_split=split, gpus=placement.uuids)
 
     async def _check(self, entry: RecipeEntry, request: LaunchRequest, binary: ServerBinary) -> None:
         """Ask the binary's own parser, once for each command line."""
@@ -206,33 +234,52 @@ def _size(path: str | None) -> int:
 
 
 def _with_limit(
-    request: LaunchRequest, recipe: Recipe, found: _Found, command: Command, binary: ServerBinary
-) -> tuple[LaunchRequest, Estimate | None, Wish | None]:
-    """Return the request with a limit on host memory where the recipe sets none, the need, and the wish for a place.
+    request: LaunchRequest, found: _Found, run: Run, binary: ServerBinary
+) -> tuple[LaunchRequest, Estimate | None]:
+    """Return the request with a limit on host memory where the recipe sets none, and the need, if it is known.
 
-    Without a shape nothing is known. With GPUs the need is an upper bound, and the place is llama-server's to find.
+    With GPUs the need is an upper bound: whatever goes there is not in RAM.
     """
     if found.shape is None:
-        return request, None, None
-    chosen = decided(recipe, request.decisions)
-    run = run_of(chosen, command.context, cache_ram_mib=cache_ram_mib(chosen, binary.known_flags))
+        return request, None
     need = on_the_host(found.shape, run, draft=found.draft, mmproj_bytes=found.mmproj_bytes)
-    wish = None
-    if not binary.devices or recipe.gpus == "none":
-        wish = Wish(
-            recipe.id,
-            found.shape,
-            run,
-            gpus=(),
-            is_context_open=recipe.max_model_len is None,
-            draft=found.draft,
-            mmproj_bytes=found.mmproj_bytes,
-        )
     if "MemoryMax" in request.limits:
-        return request, need, wish
+        return request, need
     gpu = GPU_PROCESS_BYTES * len(binary.devices)
     limit = memory_limit(need, found.shape, run, file_bytes=found.file_bytes) + gpu
-    return replace(request, limits={"MemoryMax": str(limit), "MemorySwapMax": "0", **request.limits}), need, wish
+    return replace(request, limits={"MemoryMax": str(limit), "MemorySwapMax": "0", **request.limits}), need
+
+
+def _wish(recipe: Recipe, found: _Found, run: Run, binary: ServerBinary, gpus: Sequence[Device]) -> Wish | None:
+    """Return what the model needs and what its recipe sets; None where llama-server finds its place itself.
+
+    Raises:
+        LoadFailedError: The recipe names a GPU that is not there, or splits the model over more than there are.
+    """
+    if found.shape is None or recipe.override_tensor:
+        return None
+    is_on_cpu = not binary.devices or recipe.gpus == "none"
+    if not is_on_cpu and not gpus:
+        return None
+    allowed = () if is_on_cpu else positions(recipe, gpus)
+    n_allowed = len(gpus) if allowed is None else len(allowed)
+    if not is_on_cpu and len(recipe.tensor_split or ()) > n_allowed:
+        message = f"tensor_split has {len(recipe.tensor_split or ())} parts, and there are {n_allowed} GPUs"
+        raise LoadFailedError(f"cannot load '{recipe.id}': {message}", hint="give one part for each GPU")
+    layers = {"auto": None, "all": found.shape.n_layers + 1}
+    return Wish(
+        recipe.id,
+        found.shape,
+        run,
+        gpus=allowed,
+        max_gpus=recipe.tensor_parallel_size,
+        n_gpu_layers=layers[recipe.n_gpu_layers] if isinstance(recipe.n_gpu_layers, str) else recipe.n_gpu_layers,
+        tensor_split=recipe.tensor_split,
+        split_mode=recipe.split_mode,
+        is_context_open=recipe.max_model_len is None,
+        draft=found.draft,
+        mmproj_bytes=found.mmproj_bytes,
+    )
 
 
 def _recipe_place(entry: RecipeEntry) -> str:

@@ -19,10 +19,17 @@ _LIMIT_PROPERTIES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What was chosen for a start where the recipe leaves it open; None: the default. ``cache_ram`` in MiB."""
+    """What was chosen for a start where the recipe leaves it open; None: the default. ``cache_ram`` in MiB.
+
+    ``n_gpu_layers`` counts the output as a layer, 0: no GPU at all. ``tensor_split`` are whole layers on each of
+    ``gpus``, which are UUIDs among those that the recipe allows.
+    """
 
     max_model_len: int | None = None
     cache_ram: int | None = None
+    n_gpu_layers: int | None = None
+    tensor_split: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
 
 
 def decided(recipe: Recipe, decisions: Decisions) -> Recipe:
@@ -31,7 +38,23 @@ def decided(recipe: Recipe, decisions: Decisions) -> Recipe:
     for name in ("max_model_len", "cache_ram"):
         if getattr(recipe, name) is None and getattr(decisions, name) is not None:
             changes[name] = getattr(decisions, name)
+    if decisions.n_gpu_layers is not None:
+        changes |= _on_gpus(recipe, decisions, decisions.n_gpu_layers)
     return replace(recipe, **changes)
+
+
+def _on_gpus(recipe: Recipe, decisions: Decisions, n_gpu_layers: int) -> dict[str, Any]:
+    """Return what a place on GPUs means for a recipe; whoever is told UUIDs sees those GPUs alone, from 0 on."""
+    if not n_gpu_layers:
+        return {"gpus": "none", "n_gpu_layers": 0}
+    changes: dict[str, Any] = {"gpus": decisions.gpus or recipe.gpus}
+    if recipe.n_gpu_layers == "auto":
+        changes["n_gpu_layers"] = n_gpu_layers
+    if recipe.split_mode is None:
+        changes["split_mode"] = "layer" if len(decisions.gpus) > 1 else "none"
+    if recipe.tensor_split is None and len(decisions.tensor_split) > 1:
+        changes["tensor_split"] = tuple(map(float, decisions.tensor_split))
+    return changes
 
 
 @dataclass(frozen=True, slots=True)

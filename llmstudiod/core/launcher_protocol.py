@@ -61,11 +61,13 @@ class Launch:
     gpus: tuple[str, ...] = ()
     max_model_len: int | None = None
     cache_ram: int | None = None
+    n_gpu_layers: int | None = None
+    tensor_split: tuple[int, ...] = ()
 
     @property
     def decisions(self) -> Decisions:
         """Return what the daemon chose where the recipe leaves it open."""
-        return Decisions(self.max_model_len, self.cache_ram)
+        return Decisions(self.max_model_len, self.cache_ram, self.n_gpu_layers, self.tensor_split, self.gpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Write:
 
 Request = Launch | Act | Write
 
-_CHOSEN = frozenset({"n_ctx_train", "memory_max", "gpus", "max_model_len", "cache_ram"})
+_CHOSEN = frozenset({"n_ctx_train", "memory_max", "gpus", "max_model_len", "cache_ram", "n_gpu_layers", "tensor_split"})
 _KEYS: Mapping[Verb, tuple[type[Any], frozenset[str], frozenset[str]]] = {
     **dict.fromkeys(
         (Verb.START, Verb.SHOW, Verb.CHECK),
@@ -193,6 +195,11 @@ def _gpus(value: object) -> object:
     return tuple(value) if is_good and isinstance(value, list) else _WRONG
 
 
+def _split(value: object) -> object:
+    is_good = isinstance(value, list) and len(value) <= 64 and all(_whole(0, 4096)(item) is item for item in value)
+    return tuple(value) if is_good and isinstance(value, list) else _WRONG
+
+
 def _text(value: object) -> object:
     if not isinstance(value, str):
         return _WRONG
@@ -212,6 +219,8 @@ _CHECKS: Mapping[str, tuple[str, Callable[[object], object]]] = {
     "max_model_len": (f"a whole number from 1 to {MAX_CONTEXT}, or null", _optional(_whole(1, MAX_CONTEXT))),
     "cache_ram": ("a whole number of MiB up to 2^24, or null", _optional(_whole(0, 1 << 24))),
     "memory_max": ("a whole number of bytes up to 2^60", _whole(0, 1 << 60)),
+    "n_gpu_layers": ("a whole number up to 4096, or null", _optional(_whole(0, 4096))),
+    "tensor_split": ("a list of at most 64 whole numbers up to 4096", _split),
     "gpus": ("a list of at most 64 UUIDs of GPUs", _gpus),
     "text": ("text of at most 1 MiB", _text),
 }

@@ -6,7 +6,7 @@ knows of other programs, and is as old as the measurement.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmstudiod.core.placement import Placement, Room
 
@@ -31,6 +31,7 @@ class Memory:
     capacity: Room
     free: Room
     names: tuple[str, ...] = ()
+    uuids: tuple[str, ...] = ()
 
     def room(self, holdings: Iterable[Holding], claims: Iterable[Room] = ()) -> Room:
         """Return what is left beside those who hold something, and beside ``claims``, which were promised."""
@@ -51,7 +52,7 @@ class Memory:
         for each in holdings:
             taken = _less(each.held, [each.untaken])
             free = Room(free.host + taken.host, tuple(a + b for a, b in zip(free.devices, taken.devices, strict=True)))
-        return Memory(self.at, self.capacity, free, self.names)
+        return replace(self, free=free)
 
 
 def holding(placement: Placement, n_devices: int, *, is_taken: bool) -> Holding:

@@ -59,7 +59,7 @@ class Room:
 class Placement:
     """Where a model goes. ``gpus`` are indices, ``run.proportions`` their parts in this order; none: the CPU.
 
-    ``is_reduced``: the context is shorter than the one that was wished for.
+    ``is_reduced``: the context is shorter than the one that was wished for. ``uuids``: those of ``gpus``, once known.
     """
 
     gpus: tuple[int, ...]
@@ -67,6 +67,7 @@ class Placement:
     estimate: Estimate
     notes: tuple[str, ...] = ()
     is_reduced: bool = False
+    uuids: tuple[str, ...] = ()
 
     def held(self, n_devices: int) -> Room:
         """Return what it takes of the host and of each of all devices."""

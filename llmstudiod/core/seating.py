@@ -6,7 +6,7 @@ not needed. Whoever has a promise keeps it: a later one gets only what is left b
 """
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from llmstudiod.core import room
@@ -65,7 +65,8 @@ class _Table:
             return _ANYWHERE
         gone = [each for each in self._residents if each in without]
         memory = self._memory.released(self._holdings(gone))
-        return _place(wanted.wish, memory.room(self._holdings(staying), self._held()))
+        found = _place(wanted.wish, memory.room(self._holdings(staying), self._held()))
+        return found and replace(found, uuids=tuple(memory.uuids[index] for index in found.gpus if memory.uuids))
 
     def is_settling(self, wanted: Instance) -> bool:
         """Whether it would fit if what our books call free were free."""

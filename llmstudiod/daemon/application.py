@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +22,10 @@ from llmstudiod.adapters.program import LocalProgram, Program
 from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.errors import ConfigError, LlmstudioError
+from llmstudiod.core.gpus import with_gpus
 from llmstudiod.core.keys import Key, write_keys
 from llmstudiod.core.launcher_protocol import Verb, Write
+from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.model_spec import lifecycle_defaults
 from llmstudiod.core.recipe import Fault, Severity
@@ -69,7 +70,7 @@ class Application:
         self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
         self.launcher, program = _launcher(settings, self._helper)
         self.devices = Devices(models_are_units=self.launcher.outlives_us)
-        self.planner = Planner(settings, self.launcher, program)
+        self.planner = Planner(settings, self.launcher, program, measure=self.devices.measure)
         self.pools = Pools()
         self.supervisor = Supervisor(
             scheduler=Scheduler(max_instances=settings.max_instances),
@@ -78,7 +79,7 @@ class Application:
             upstreams=self.pools,
             progress_mark=lambda unit: progress_mark(unit.pid),
             clock=clock,
-            measure=partial(measure_memory, models_are_units=self.launcher.outlives_us),
+            measure=self._measure_memory,
         )
         listing = Listing(self.supervisor, created=int(time.time()))
         self._keys_error: ConfigError | None = None
@@ -215,6 +216,11 @@ class Application:
             cors_origins=frozenset(settings.cors_origins),
             allows_open_listener=settings.allow_open_listener,
         )
+
+    def _measure_memory(self, at: float) -> Memory | None:
+        """Return what models may use now. Blocks; runs in a thread."""
+        memory = measure_memory(at, models_are_units=self.launcher.outlives_us)
+        return memory and with_gpus(memory, self.planner.gpus())
 
     def _keys(self) -> tuple[Key, ...]:
         """Return the keys in force; a ConfigError where their file is faulty: what it holds must not be lost."""

@@ -150,6 +150,9 @@ def launch(verb: Verb, request: LaunchRequest) -> Launch:
         memory_max=int(request.limits.get("MemoryMax", 0)),
         max_model_len=request.decisions.max_model_len,
         cache_ram=request.decisions.cache_ram,
+        n_gpu_layers=request.decisions.n_gpu_layers,
+        tensor_split=request.decisions.tensor_split,
+        gpus=request.decisions.gpus,
     )
 
 
