@@ -1,5 +1,6 @@
 """What the launcher starts, writes and refuses, without systemd: recipes, trust in files, strict set, socket."""
 
+import contextlib
 import json
 import os
 import socket
@@ -518,8 +519,9 @@ def ask(address: Path, line: bytes) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(5)
         client.connect(str(address))
-        client.sendall(line)
-        client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # whoever is refused for who he is gets his answer before he has asked
+            client.sendall(line)
+            client.shutdown(socket.SHUT_WR)
         with client.makefile("rb") as stream:
             answer: dict[str, Any] = json.loads(stream.readline())
     return answer
