@@ -106,6 +106,10 @@ HOSTILE = [
     # Numbers and GPUs
     *((launch(n_ctx_train=bad), "n_ctx_train: expected") for bad in (0, -1, 1 << 40, 1.5, "1", True, [1])),
     *((launch(max_model_len=bad), "max_model_len: expected") for bad in (0, -1, 1 << 25, "1", True)),
+    *((launch(n_gpu_layers=bad), "n_gpu_layers: expected") for bad in (-1, 4097, "all", True, 1.0)),
+    *((launch(tensor_split=bad), "tensor_split: expected") for bad in (
+        None, 1, "1,2", [-1], [4097], [1.5], ["1"], [True], [1] * 65, [[1]], {"0": 1},
+    )),
     *((launch(cache_ram=bad), "cache_ram: expected") for bad in (-1, 1 << 25, 1.5, "1")),
     *((launch(memory_max=bad), "memory_max: expected") for bad in (-1, 1 << 61, None, "1G")),
     *((launch(gpus=bad), "gpus: expected") for bad in (
