@@ -56,7 +56,7 @@ def unused(instances: Instances) -> list[Instance]:
 def busy_victim(instances: Instances, *, waited_since: float) -> Instance | None:
     """Return the busy instance that should make room for somebody who waits since then."""
     ready = [instance for instance in evictable(instances) if instance.state is State.READY]
-    candidates = [i for i in ready if not i.waiters or oldest_arrival(i) >= waited_since]
+    candidates = [i for i in ready if not i.waiters or oldest_arrival(i) > waited_since]
     return min(candidates, key=_eviction_order, default=None)
 
 

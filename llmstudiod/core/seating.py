@@ -42,7 +42,9 @@ class _Table:
     """Who sits, and what was promised."""
 
     def __init__(self, residents: list[Instance], *, max_instances: int, memory: Memory | None) -> None:
-        self._residents, self._max_instances, self._memory = residents, max_instances, memory
+        # A limit that was lowered is reached one by one: whoever goes makes room in turn.
+        self._limit = max(max_instances, len(residents)) if max_instances else 0
+        self._residents, self._memory = residents, memory
         self._claims: list[Placement] = []
 
     def claim(self, placement: Placement) -> None:
@@ -59,7 +61,7 @@ class _Table:
     def placement(self, wanted: Instance, without: Collection[Instance]) -> Placement | None:
         """Return where it would go if those ``without`` had gone; None: nowhere."""
         staying = [each for each in self._residents if each not in without]
-        if self._max_instances and len(staying) + len(self._claims) >= self._max_instances:
+        if self._limit and len(staying) + len(self._claims) >= self._limit:
             return None
         if self._memory is None or wanted.wish is None:
             return _ANYWHERE
