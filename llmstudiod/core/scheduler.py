@@ -53,7 +53,6 @@ from llmstudiod.core.events import (
 from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Waiter, view
 from llmstudiod.core.memory_watch import MemoryWatch
 from llmstudiod.core.placement import Placement
-from llmstudiod.core.seating import seating
 
 BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
 OVERTAKE_S = 2.0
@@ -517,6 +516,8 @@ class Scheduler:
             if (number := self.watch.ask()) is not None:
                 self._actions.append(MeasureMemory(number))
             return
+        from llmstudiod.core.seating import seating  # slow to import: nobody waits for it at a start
+
         found = seating(
             instances,
             max_instances=self.max_instances,

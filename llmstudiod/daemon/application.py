@@ -12,7 +12,6 @@ from typing import Literal
 
 from aiohttp import web
 
-from llmstudiod.adapters.devices import Devices
 from llmstudiod.adapters.key_file import is_credential, keys_path, read_keys, write_own_keys
 from llmstudiod.adapters.memory_meter import measure_memory
 from llmstudiod.adapters.model_recipes import load_catalogue
@@ -21,6 +20,7 @@ from llmstudiod.adapters.proc import progress_mark
 from llmstudiod.adapters.program import LocalProgram, Program
 from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
 from llmstudiod.core.catalogue import Catalogue
+from llmstudiod.core.devices import Machine
 from llmstudiod.core.errors import ConfigError, LlmstudioError
 from llmstudiod.core.gpus import with_gpus
 from llmstudiod.core.keys import Key, write_keys
@@ -69,8 +69,8 @@ class Application:
         settings = self.loaded.settings
         self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
         self.launcher, program = _launcher(settings, self._helper)
-        self.devices = Devices(models_are_units=self.launcher.outlives_us)
-        self.planner = Planner(settings, self.launcher, program, measure=self.devices.measure)
+        self._measure_machine: Callable[[], Machine] | None = None
+        self.planner = Planner(settings, self.launcher, program, measure=self.machine)
         self.pools = Pools()
         self.supervisor = Supervisor(
             scheduler=Scheduler(max_instances=settings.max_instances),
@@ -107,7 +107,7 @@ class Application:
             clock=clock,
             keys=keys,
             more_faults=self._more_faults,
-            gpus=AdminGpus(self.devices.measure, self.supervisor),
+            gpus=AdminGpus(self.machine, self.supervisor),
         )
         self._put_in_force(found)
         self._servers: list[asyncio.Server] = []
@@ -216,6 +216,14 @@ class Application:
             cors_origins=frozenset(settings.cors_origins),
             allows_open_listener=settings.allow_open_listener,
         )
+
+    def machine(self) -> Machine:
+        """Measure GPUs and RAM. Blocks; runs in a thread."""
+        if self._measure_machine is None:
+            from llmstudiod.adapters.devices import Devices  # slow to import: nobody waits for it at a start
+
+            self._measure_machine = Devices(models_are_units=self.launcher.outlives_us).measure
+        return self._measure_machine()
 
     def _measure_memory(self, at: float) -> Memory | None:
         """Return what models may use now. Blocks; runs in a thread."""
