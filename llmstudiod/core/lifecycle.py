@@ -182,6 +182,7 @@ class InstanceView:
     idle_since: float
     last_used: float
     is_stale: bool
+    is_being_vetted: bool
     stop_cause: StopCause | None
     story: tuple[Transition, ...]
 
@@ -203,6 +204,7 @@ def view(instance: Instance) -> InstanceView:
         idle_since=instance.idle_since,
         last_used=instance.last_used,
         is_stale=instance.is_stale,
+        is_being_vetted=instance.is_being_vetted,
         stop_cause=instance.stop_cause,
         story=tuple(instance.story),
     )

@@ -22,13 +22,6 @@ def wanted(instances: Instances) -> list[Instance]:
     return sorted(found, key=lambda instance: (-_rank(instance), oldest_arrival(instance)))
 
 
-def free_places(instances: Instances, *, max_instances: int, n_wanted: int) -> int:
-    """Return how many may start at once."""
-    if not max_instances:
-        return n_wanted
-    return max(0, max_instances - sum(instance.is_resident for instance in instances))
-
-
 def leaving(instances: Instances) -> list[Instance]:
     """Return who will give its place up."""
     return [instance for instance in instances if instance.state in {State.DRAINING, State.STOPPING}]

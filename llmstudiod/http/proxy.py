@@ -263,7 +263,7 @@ class Proxy:
         if shown.state is State.READY:
             return f"waiting for a slot of {model}"
         percent = "" if shown.progress is None else f" {shown.progress:.0%}"
-        is_loading = shown.state in {State.STARTING, State.LOADING}
+        is_loading = shown.is_being_vetted or shown.state in {State.STARTING, State.LOADING}
         return f"loading {model}{percent}" if is_loading else f"waiting for {model}"
 
     def _refuse(self, client: ClientStream, error: LlmstudioError, path: str) -> web.StreamResponse:

@@ -95,9 +95,7 @@ async def test_fifty_first_requests_share_one_load(loading: Daemon) -> None:
     for number, answer in enumerate(answers):
         if number % 2 == 0:
             assert answer.comments
-            told = [comment.split(" big")[0] for comment in answer.comments]
-            assert told[0] in {": waiting for", ": loading"}, told  # its plan is made first, which may take a moment
-            assert ": loading" in told
+            assert answer.comments[0].startswith(": loading big")
             assert answer.first_byte_s < 4  # wait_comment_interval, and a busy machine
             assert answer.text.rstrip().endswith("data: [DONE]"), answer.text[-200:]
             assert '"finish_reason":"length"' in answer.text

@@ -54,6 +54,17 @@ def test_lower_priority_is_evicted_first() -> None:
     assert (world.state("a"), world.state("b")) == (State.READY, State.STOPPING)
 
 
+def test_check_of_a_plan_is_shown_as_part_of_the_load() -> None:
+    """Whoever waits meanwhile hears that the model is being loaded, not that it waits for others."""
+    world = world_of([spec("a"), spec("b")], max_instances=1)
+    ready(world, "a")
+    world.script("b").vet_s = 1.0
+    world.ask("b")
+    assert world.view("b").is_being_vetted
+    world.advance(1.0)
+    assert not world.view("b").is_being_vetted
+
+
 def test_higher_priority_is_admitted_first() -> None:
     """A place that becomes free goes to the most important model that waits, then to the oldest waiter."""
     world = world_of([spec("a"), spec("b"), spec("c"), spec("d", priority=1)], max_instances=1)
