@@ -24,6 +24,7 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    LoadToo,
     MeasureMemory,
     MemoryMeasured,
     PlanVetted,
@@ -57,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_S = 1.0
 POLL_S = 0.02
+LOG_LINES = 400  # a load writes some fifty
 _INTERNAL = Failure("internal", "an internal error, see the daemon's log")
 
 
@@ -183,11 +185,13 @@ class Supervisor:
         """Return the run on which `ask` would be granted at this moment, or None when it would have to wait."""
         return self._scheduler.ready_run(model)
 
-    def ask(self, model: str, *, cost_tokens: int | None = None, is_load: bool = False) -> Ticket:
+    def ask(
+        self, model: str, *, cost_tokens: int | None = None, is_load: bool = False, is_along: bool = False
+    ) -> Ticket:
         """Ask for a place; the ticket may be settled on return. Whoever asks must `end` it, whatever happens."""
         ticket = Ticket(next(self._numbers), model)
         self._tickets[ticket.number] = ticket
-        self.post(RequestArrived(self._clock(), ticket.number, model, cost_tokens, is_load))
+        self.post(RequestArrived(self._clock(), ticket.number, model, cost_tokens, is_load, is_along))
         return ticket
 
     async def settled(self, ticket: Ticket) -> None:
@@ -210,13 +214,13 @@ class Supervisor:
         """
         await self._fulfil(self.ask(model, is_load=True))
 
-    def start_load(self, model: str) -> None:
+    def start_load(self, model: str, *, is_along: bool = False) -> None:
         """Load a model without waiting for it; a failure is logged and shown in its status."""
-        _ = self.spawn(self._load_quietly(model), f"load {model}")
+        _ = self.spawn(self._load_quietly(model, is_along=is_along), f"load {model}")
 
-    async def _load_quietly(self, model: str) -> None:
+    async def _load_quietly(self, model: str, *, is_along: bool) -> None:
         try:
-            await self.load(model)
+            await self._fulfil(self.ask(model, is_load=True, is_along=is_along))
         except LlmstudioError as error:
             logger.warning("%s", error.message)
 
@@ -235,11 +239,12 @@ class Supervisor:
         if ticket.error is not None:
             raise ticket.error
 
-    def adopt(self, found: FoundUnit) -> None:
+    async def adopt(self, found: FoundUnit) -> None:
         """Go on with a server that an earlier daemon started."""
         model = found.unit.model_id
+        placement = await asyncio.to_thread(self._planner.learning.recall, found.unit.invocation_id)
         self._found[model] = found
-        self.post(UnitFound(self._clock(), model, found.recipe_hash))
+        self.post(UnitFound(self._clock(), model, found.recipe_hash, placement))
 
     async def leave(self, *, within_s: float) -> None:
         """Finish what is asked, refuse what is not done in time, and leave the servers running."""
@@ -279,7 +284,7 @@ class Supervisor:
         finally:
             self._is_handling = False
 
-    def _perform(self, action: Action) -> None:
+    def _perform(self, action: Action) -> None:  # noqa: C901 - one arm for each kind of action
         match action:
             case Grant():
                 ticket = self._tickets.get(action.ticket)
@@ -298,6 +303,8 @@ class Supervisor:
             case StartUnit():
                 running = self._running[action.model] = _Running(action.run)
                 running.task = self.spawn(self._start(action, running), f"start {action.model}")
+            case LoadToo():
+                self.start_load(action.model, is_along=True)
             case WatchUnit():
                 running = self._running[action.model] = self._adopted(action)
                 running.task = self.spawn(self._watch(action.model, running), f"watch {action.model}")
@@ -359,14 +366,14 @@ class Supervisor:
     async def _vet(self, action: VetPlan) -> None:
         """Make the plan without carrying it out."""
         failure: Failure | None = _INTERNAL
-        wish = None
+        wish, is_proven = None, True
         try:
-            wish = (await self._planner.plan(self._entry(action.model))).wish
+            wish, is_proven = await self._planner.vet(self._entry(action.model), is_thorough=action.is_thorough)
             failure = None
         except LlmstudioError as error:
             failure = _failure_of(error)
         finally:
-            self.post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure, wish))
+            self.post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure, wish, is_proven))
 
     async def _start(self, action: StartUnit, running: _Running) -> None:
         """Plan and start, then watch: the whole life of one run."""
@@ -386,6 +393,9 @@ class Supervisor:
             running.launched.set()
         logger.info("%s: %s runs as pid %d", model, running.unit.name, running.unit.pid)
         self.post(UnitStarted(self._clock(), model, running.run))
+        if self._launcher.outlives_us and action.placement is not None:
+            remember = self._planner.learning.remember
+            await asyncio.to_thread(remember, running.unit.invocation_id, action.placement)
         await self._watch(model, running)
 
     async def _watch(self, model: str, running: _Running) -> None:
@@ -429,6 +439,14 @@ class Supervisor:
             return
         self._upstreams.open(model, running.run, socket_path)
         self.post(BecameReady(self._clock(), model, running.run, facts))
+        await self._learn(running.unit, running.plan)
+
+    async def _learn(self, unit: Unit, plan: Plan | None) -> None:
+        """Keep what a model needed, once for each file, settings and build: it counts instead of the estimate."""
+        if plan is None or plan.wish is None or plan.placement is None or plan.wish.correction.is_of_a_run:
+            return
+        lines = await self._launcher.lines(unit.model_id, limit=LOG_LINES)
+        await asyncio.to_thread(self._planner.learn, plan, lines, unit.pid)
 
     async def _watch_progress(self, model: str, run: int, unit: Unit) -> None:
         """Tell the scheduler whenever something moves in a loading server, so that only a standstill counts."""

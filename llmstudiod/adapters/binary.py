@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import os
 import signal
+import tempfile
 from collections.abc import Mapping, Sequence
 
 from llmstudiod.core.binary_answers import QUESTIONS, Answer, complaint, described
-from llmstudiod.core.command import ServerBinary
+from llmstudiod.core.command import DRY_RUN_MARK, ServerBinary, dry_run
 from llmstudiod.core.errors import BinaryError
 
 PROBE_TIMEOUT_S = 20.0
@@ -41,12 +42,34 @@ async def check_argv(
     return complaint(await _run([*argv, "--version"], environment, timeout_s=timeout_s))
 
 
-async def _run(
-    argv: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout_s: float
-) -> tuple[int, str]:
-    """Run a command to its end; return its exit code and all that it printed."""
+async def dry_run_output(
+    argv: Sequence[str], environment: Mapping[str, str], *, timeout_s: float = PROBE_TIMEOUT_S
+) -> list[str]:
+    """Return what a server prints until it tells what memory it would take; it is ended there.
+
+    Raises:
+        BinaryError: It cannot be executed.
+    """
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="llmstudiod-") as directory:
+        process = await _started(dry_run(argv, socket_path=f"{directory}/llama.sock"), environment)
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(timeout_s):
+                while line := await process.stdout.readline():
+                    lines.append(line.decode(errors="replace"))
+                    if DRY_RUN_MARK in lines[-1]:
+                        break
+        except (TimeoutError, ValueError):  # nothing told in time, or a line without an end
+            lines.append("it did not tell its memory")
+        finally:
+            await _kill(process)
+    return lines
+
+
+async def _started(argv: Sequence[str], environment: Mapping[str, str] | None) -> asyncio.subprocess.Process:
     try:
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -57,6 +80,13 @@ async def _run(
     except OSError as error:
         hint = "is it built for this machine, and is what its first line names installed?"
         raise BinaryError(f"cannot run '{argv[0]}': {error.strerror}", hint=hint) from error
+
+
+async def _run(
+    argv: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout_s: float
+) -> tuple[int, str]:
+    """Run a command to its end; return its exit code and all that it printed."""
+    process = await _started(argv, environment)
     is_done = False
     try:
         async with asyncio.timeout(timeout_s):

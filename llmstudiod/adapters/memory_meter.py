@@ -9,8 +9,7 @@ from pathlib import Path
 from llmstudiod.adapters.host_memory import cgroup_limit
 from llmstudiod.core.ledger import Memory
 from llmstudiod.core.placement import Room
-
-RESERVED_RAM_BYTES = 1 << 30
+from llmstudiod.core.sharing import RESERVED
 
 
 def total_ram_bytes() -> int:
@@ -18,7 +17,9 @@ def total_ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measure_memory(at: float, *, models_are_units: bool, root: Path = Path("/")) -> Memory | None:
+def measure_memory(
+    at: float, *, models_are_units: bool, reserved: int = RESERVED["ram"], root: Path = Path("/")
+) -> Memory | None:
     """Return what there is and what is free, less what is left to others; None where the kernel does not tell.
 
     Source: proc_meminfo(5). A limit that systemd or a container sets above the models counts as what there is.
@@ -32,5 +33,6 @@ def measure_memory(at: float, *, models_are_units: bool, root: Path = Path("/"))
     limit = cgroup_limit(root, models_are_units=models_are_units)
     if limit is not None:
         total, available = min(total, limit), min(available, limit)
-    reserved = min(RESERVED_RAM_BYTES, total // 8)
+    if reserved == RESERVED["ram"]:  # nobody has said otherwise, and it would be too much of a small machine
+        reserved = min(reserved, total // 8)
     return Memory(at, Room(total - reserved), Room(available - reserved))

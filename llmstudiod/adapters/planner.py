@@ -6,6 +6,7 @@ Everything is checked before anything is started or evicted, so that a broken re
 import asyncio
 import contextlib
 import itertools
+import json
 import shlex
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +14,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmstudiod.adapters.gguf_file import HeaderCache, opened
+from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.memory_meter import total_ram_bytes
 from llmstudiod.adapters.model_files import resolve_model
+from llmstudiod.adapters.proc import anonymous_bytes
 from llmstudiod.adapters.program import Program
-from llmstudiod.core.command import Command, ModelFiles, ServerBinary, cache_ram_mib
+from llmstudiod.adapters.state_db import StateDb
+from llmstudiod.core.command import Command, ModelFiles, ServerBinary, cache_ram_mib, can_dry_run
 from llmstudiod.core.devices import Device, Machine
 from llmstudiod.core.errors import LlmstudioError, LoadFailedError
 from llmstudiod.core.gpus import plannable, positions
 from llmstudiod.core.launch import Decisions, LaunchRequest, decided, launch_request
+from llmstudiod.core.learned import Correction
 from llmstudiod.core.memory import GPU_PROCESS_BYTES, Estimate, Run
 from llmstudiod.core.model_shape import ModelShape, model_shape
-from llmstudiod.core.needs import default_cache_ram_mib, memory_limit, on_the_host, run_of
-from llmstudiod.core.placement import Placement, Wish
+from llmstudiod.core.needs import default_cache_ram_mib, memory_key, memory_limit, on_the_host, run_of
+from llmstudiod.core.placement import Placement, Wish, length_of
+from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.launchers.base import Launcher
@@ -36,9 +42,16 @@ _FAILURES: Mapping[str, str] = {
 }
 
 
+# What a dry run says for sure: the same would happen to the run itself.
+_CERTAIN = frozenset({"bad_model_file", "unsupported_arch", "bad_args", "mmproj", "draft", "lora"})
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will be started for a recipe, what was decided on the way, and what it needs in memory, if that is known."""
+    """What will be started for a recipe, what was decided on the way, and what it needs in memory, if that is known.
+
+    ``memory_key``: under which what it really needs is kept.
+    """
 
     request: LaunchRequest
     command: Command
@@ -46,6 +59,8 @@ class Plan:
     alias: str
     estimate: Estimate | None = None
     wish: Wish | None = None
+    placement: Placement | None = None
+    memory_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,7 @@ class _Found:
     file_bytes: int
     draft: ModelShape | None
     mmproj_bytes: int
+    identities: tuple[str, ...]
 
 
 class Planner:
@@ -69,7 +85,9 @@ class Planner:
         program: Program,
         *,
         measure: Callable[[], Machine] | None = None,
+        learning: Learning | None = None,
     ) -> None:
+        self.learning = learning or Learning(StateDb(None), measure)
         self._measure = measure
         self.backends: tuple[str, ...] = ()
         self._settings = settings
@@ -128,9 +146,43 @@ class Planner:
         chosen = decided(recipe, request.decisions)
         run = run_of(chosen, command.context, cache_ram_mib=cache_ram_mib(chosen, binary.known_flags))
         request, estimate = _with_limit(request, found, run, binary)
-        wish = _wish(recipe, found, run, binary, await asyncio.to_thread(self.gpus))
+        key = memory_key(recipe, found.identities, (*binary.argv, binary.version))
+        known = await asyncio.to_thread(self.learning.known, key)
+        wish = _wish(recipe, found, run, binary, await asyncio.to_thread(self.gpus), known)
         await self._check(entry, request, binary)
-        return Plan(request, command, binary, recipe.alias, estimate, wish)
+        return Plan(request, command, binary, recipe.alias, estimate, wish, placement, key)
+
+    async def vet(self, entry: RecipeEntry, *, is_thorough: bool) -> tuple[Wish | None, bool]:
+        """Return what a recipe's model needs, None where llama-server finds its place, and whether that is for sure.
+
+        ``is_thorough``: where nothing was learned yet llama-server is asked, which takes 0.1 s and more.
+
+        Raises:
+            LlmstudioError: A file, a flag, the binary or the socket's path will not do; or llama-server cannot load it.
+        """
+        plan = await self.plan(entry)
+        wish = plan.wish
+        if wish is None or wish.correction.source or not can_dry_run(plan.binary):
+            return wish, True
+        if not is_thorough:
+            return wish, False
+        output = await self._program.dry_run(plan.request)
+        n_devices = len(await asyncio.to_thread(self.gpus)) if wish.gpus is None else len(wish.gpus)
+        found = await asyncio.to_thread(self.learning.after_dry_run, plan.memory_key, wish, n_devices, output)
+        if found is not None:
+            return replace(wish, correction=found), True
+        failure = explain_exit(result="exit-code", code=1, lines=_messages(output))
+        if failure.kind in _CERTAIN:
+            details = {"failure": failure.kind, "lines": list(failure.lines[-20:])}
+            message = f"cannot load '{entry.recipe.id}': {failure.message}"
+            raise LoadFailedError(message, hint=failure.hint, details=details)
+        return wish, True
+
+    def learn(self, plan: Plan, log: Sequence[str], pid: int) -> None:
+        """Keep what a model that was loaded by a plan really needs. Blocks."""
+        if plan.wish is not None and plan.placement is not None:
+            used = anonymous_bytes(pid)
+            self.learning.after_load(plan.memory_key, plan.wish, plan.placement, log, pid=pid, used=used)
 
     def _decisions(self, recipe: Recipe, binary: ServerBinary, placement: Placement | None) -> Decisions:
         """Return what is chosen where the recipe leaves it open."""
@@ -141,7 +193,9 @@ class Planner:
             return decisions
         run = placement.run
         if placement.is_reduced:
-            decisions = replace(decisions, max_model_len=run.n_ctx // (1 if run.is_unified else run.n_seq))
+            decisions = replace(decisions, max_model_len=length_of(run))
+        if recipe.max_num_seqs is None:
+            decisions = replace(decisions, max_num_seqs=run.n_seq)
         if not binary.devices or recipe.gpus == "none":
             return decisions
         split = tuple(map(int, run.proportions)) if len(placement.gpus) > 1 and recipe.tensor_split is None else ()
@@ -203,6 +257,7 @@ class Planner:
             file_bytes=model.total_bytes,
             draft=draft,
             mmproj_bytes=_size(files.mmproj),
+            identities=tuple(_identity(path) for path in itertools.chain.from_iterable(files.groups())),
         )
 
     def _file(self, path: str) -> str:
@@ -233,6 +288,24 @@ def _size(path: str | None) -> int:
         return status.st_size
 
 
+def _identity(path: str) -> str:
+    with opened(Path(path)) as (_, status):
+        return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}:{status.st_size}"
+
+
+def _messages(output: Sequence[str]) -> list[str]:
+    """Return the lines of ``--log-jsonl`` as llama-server's log has them, warnings and less left out."""
+    messages = []
+    for line in output:
+        try:
+            logged = json.loads(line)
+            text, is_error = str(logged["msg"]), logged["level"] == "error"
+        except (ValueError, KeyError, TypeError):
+            text, is_error = line, True
+        messages += text.splitlines() if is_error else []
+    return messages
+
+
 def _with_limit(
     request: LaunchRequest, found: _Found, run: Run, binary: ServerBinary
 ) -> tuple[LaunchRequest, Estimate | None]:
@@ -250,7 +323,9 @@ def _with_limit(
     return replace(request, limits={"MemoryMax": str(limit), "MemorySwapMax": "0", **request.limits}), need
 
 
-def _wish(recipe: Recipe, found: _Found, run: Run, binary: ServerBinary, gpus: Sequence[Device]) -> Wish | None:
+def _wish(
+    recipe: Recipe, found: _Found, run: Run, binary: ServerBinary, gpus: Sequence[Device], known: Correction
+) -> Wish | None:
     """Return what the model needs and what its recipe sets; None where llama-server finds its place itself.
 
     Raises:
@@ -277,6 +352,8 @@ def _wish(recipe: Recipe, found: _Found, run: Run, binary: ServerBinary, gpus: S
         tensor_split=recipe.tensor_split,
         split_mode=recipe.split_mode,
         is_context_open=recipe.max_model_len is None,
+        are_slots_open=recipe.max_num_seqs is None,
+        correction=known,
         draft=found.draft,
         mmproj_bytes=found.mmproj_bytes,
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from llmstudiod.adapters.binary import check_argv, probe_binary
+from llmstudiod.adapters.binary import check_argv, dry_run_output, probe_binary
 from llmstudiod.adapters.find_binary import find_binary
 from llmstudiod.core.binary_answers import INSTALL_HINT
 from llmstudiod.core.command import ServerBinary
@@ -29,6 +29,13 @@ class Program(Protocol):
 
     async def complaint(self, request: LaunchRequest) -> str | None:
         """Return what its own parser has against a command line, or None; no model is read.
+
+        Raises:
+            LlmstudioError: It cannot be asked.
+        """
+
+    async def dry_run(self, request: LaunchRequest) -> list[str]:
+        """Return what it prints until it tells what memory it would take; see `llmstudiod.core.command.dry_run`.
 
         Raises:
             LlmstudioError: It cannot be asked.
@@ -66,6 +73,10 @@ class LocalProgram:
     async def complaint(self, request: LaunchRequest) -> str | None:
         """See `Program`."""
         return await check_argv(request.argv, request.environment)
+
+    async def dry_run(self, request: LaunchRequest) -> list[str]:
+        """See `Program`."""
+        return await dry_run_output(request.argv, request.environment)
 
 
 def _identity(binary: ServerBinary) -> tuple[object, ...]:

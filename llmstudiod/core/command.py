@@ -22,6 +22,8 @@ MAX_TOTAL_CONTEXT = 1 << 26
 SUN_PATH_BYTES = 107
 """Longest path of a Unix socket, without the closing NUL. Source: unix(7)."""
 
+DRY_RUN_MARK = "fit_memory_breakdown"
+
 INSIDE = "/run/llmstudio-model"
 """Where a sandboxed unit finds its files, one directory for each, since two files may share a name."""
 
@@ -168,6 +170,22 @@ def build_command(
             details={"failure": "bad_args"},
         ) from error
     return Command(tuple(argv), _environment(recipe, binary), context, tuple(notes), bound)
+
+
+def can_dry_run(binary: ServerBinary) -> bool:
+    """Whether the binary can tell what memory it would take before it takes it."""
+    return {"--log-jsonl", "-fit"} <= binary.known_flags
+
+
+def dry_run(argv: Iterable[str], *, socket_path: str = "/tmp/dry-run.sock") -> tuple[str, ...]:  # noqa: S108 - a unit's
+    """Return the command line of a dry run: whoever reads its output ends it at the line with `DRY_RUN_MARK`.
+
+    Until then llama-server has read the file's header, and taken no memory.
+    """
+    words = list(argv)
+    words[words.index("--host") + 1] = socket_path
+    words[words.index("-fit") + 1] = "on"
+    return (*words, "--log-jsonl")
 
 
 def check_socket_path(socket_path: str, model: str) -> None:

@@ -28,13 +28,17 @@ class Timer(StrEnum):
 
 
 class RequestArrived(NamedTuple):
-    """A request wants the model, or (``is_load``) an operator wants it ready."""
+    """A request wants the model, or (``is_load``) an operator wants it ready.
+
+    ``is_along``: it is loaded because another one of its group is, so none of these may have to go for it.
+    """
 
     at: float
     ticket: int
     model: str
     cost_tokens: int | None = None
     is_load: bool = False
+    is_along: bool = False
 
 
 class RequestEnded(NamedTuple):
@@ -58,7 +62,7 @@ class UnloadAsked:
 class PlanVetted:
     """The check that `VetPlan` asked for is done; ``failure`` is what is wrong with this version of the recipe.
 
-    ``wish`` is what it needs in memory, None where that is not known.
+    ``wish`` is what it needs in memory, None where that is not known; ``is_proven``: nobody can tell better.
     """
 
     at: float
@@ -66,6 +70,7 @@ class PlanVetted:
     recipe_hash: str
     failure: Failure | None
     wish: Wish | None = None
+    is_proven: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +150,15 @@ class MemoryMeasured:
 
 @dataclass(frozen=True, slots=True)
 class UnitFound:
-    """A unit of an earlier daemon serves this model; ``recipe_hash`` is that of the recipe it was started with."""
+    """A unit of an earlier daemon serves this model; ``recipe_hash`` is that of the recipe it was started with.
+
+    ``placement``: where it lies, None where that is not known.
+    """
 
     at: float
     model: str
     recipe_hash: str
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +201,13 @@ class MeasureMemory:
 class VetPlan:
     """Check file, flags and binary of a model, and what it needs; ends in `PlanVetted`.
 
-    Before another one has to go for it, and where memory is planned before every start.
+    Before another one has to go for it, and where memory is planned before every start. ``is_thorough``: llama-server
+    itself is asked what it needs.
     """
 
     model: str
     recipe_hash: str
+    is_thorough: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +228,13 @@ class WatchUnit:
 
     model: str
     run: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadToo:
+    """Load a model along with another one of its group; nobody waits for it."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,4 +287,6 @@ class Publish:
     transition: Transition
 
 
-Action = MeasureMemory | VetPlan | StartUnit | WatchUnit | StopUnit | Grant | Refuse | Done | SetTimer | Publish
+Action = (
+    MeasureMemory | VetPlan | StartUnit | WatchUnit | StopUnit | LoadToo | Grant | Refuse | Done | SetTimer | Publish
+)

@@ -1,15 +1,13 @@
 """Which GPUs models are placed on, and which of them a recipe means."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmstudiod.core.devices import Device, Machine
 from llmstudiod.core.errors import LoadFailedError
 from llmstudiod.core.ledger import Memory
 from llmstudiod.core.placement import Room
 from llmstudiod.core.recipe import Recipe
-
-RESERVED_GPU_BYTES = 512 << 20
-"""What is left free on each GPU: for the desktop, and for what the estimate does not know."""
+from llmstudiod.core.sharing import reserved_on
 
 
 def plannable(machine: Machine, backends: Iterable[str]) -> tuple[Device, ...]:
@@ -47,10 +45,11 @@ def positions(recipe: Recipe, gpus: Sequence[Device]) -> tuple[int, ...] | None:
     return tuple(names[wanted] for wanted in recipe.gpus)
 
 
-def with_gpus(memory: Memory, gpus: Sequence[Device]) -> Memory:
-    """Return what the machine has, its GPUs included."""
-    capacity = tuple(max(0, (each.total or 0) - RESERVED_GPU_BYTES) for each in gpus)
-    free = tuple(max(0, (each.free or 0) - RESERVED_GPU_BYTES) for each in gpus)
+def with_gpus(memory: Memory, gpus: Sequence[Device], reserved: Mapping[str, int]) -> Memory:
+    """Return what the machine has, its GPUs included, less what is to be left free on them."""
+    kept = [reserved_on(reserved, index=each.index, uuid=str(each.uuid)) for each in gpus]
+    capacity = tuple(max(0, (each.total or 0) - keep) for each, keep in zip(gpus, kept, strict=True))
+    free = tuple(max(0, (each.free or 0) - keep) for each, keep in zip(gpus, kept, strict=True))
     return Memory(
         at=memory.at,
         capacity=Room(memory.capacity.host, capacity),

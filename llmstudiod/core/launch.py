@@ -26,6 +26,7 @@ class Decisions:
     """
 
     max_model_len: int | None = None
+    max_num_seqs: int | None = None
     cache_ram: int | None = None
     n_gpu_layers: int | None = None
     tensor_split: tuple[int, ...] = ()
@@ -35,7 +36,7 @@ class Decisions:
 def decided(recipe: Recipe, decisions: Decisions) -> Recipe:
     """Return the recipe with what was chosen; what it says itself stays."""
     changes: dict[str, Any] = {}
-    for name in ("max_model_len", "cache_ram"):
+    for name in ("max_model_len", "max_num_seqs", "cache_ram"):
         if getattr(recipe, name) is None and getattr(decisions, name) is not None:
             changes[name] = getattr(decisions, name)
     if decisions.n_gpu_layers is not None:
@@ -54,6 +55,8 @@ def _on_gpus(recipe: Recipe, decisions: Decisions, n_gpu_layers: int) -> dict[st
         changes["split_mode"] = "layer" if len(decisions.gpus) > 1 else "none"
     if recipe.tensor_split is None and len(decisions.tensor_split) > 1:
         changes["tensor_split"] = tuple(map(float, decisions.tensor_split))
+    if recipe.main_gpu is not None and len(decisions.gpus) == 1:
+        changes["main_gpu"] = 0  # it is the only one that is seen
     return changes
 
 
@@ -123,6 +126,11 @@ def launch_request(
         executables=binary.executables,
     )
     return request, command
+
+
+def with_fallback(limits: Mapping[str, str], memory_max: int) -> dict[str, str]:
+    """Return the limits with one on memory where there is none; 0 bytes: none."""
+    return {**({"MemoryMax": str(memory_max), "MemorySwapMax": "0"} if memory_max else {}), **limits}
 
 
 def _limits(recipe: Recipe) -> dict[str, str]:

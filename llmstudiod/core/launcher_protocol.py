@@ -32,10 +32,10 @@ class Verb(StrEnum):
 
     START = "start"  # start a recipe's unit
     SHOW = "show"  # tell the systemd-run command line of that, and start nothing
+    DRY_RUN = "dry-run"  # let the binary tell, in the model's sandbox, what memory it would take
     CHECK = "check"  # let the binary's own parser read the command line, in the model's sandbox
     STOP = "stop"  # stop a model's unit and free its name
     KILL = "kill"  # the same, with SIGKILL first
-    RESET = "reset"  # free the name of a failed unit
     PROBE = "probe"  # tell what the binary is and what it can do
     PUT_RECIPE = "put-recipe"  # write a file into the recipes directory
     DELETE_RECIPE = "delete-recipe"  # remove one from there
@@ -48,7 +48,7 @@ class Launch:
 
     ``file`` is None for a GGUF that is served without a recipe. ``model`` is the GGUF or first shard that the daemon
     found where the recipe names a directory or a relative path. ``memory_max`` in bytes, 0: none.
-    ``max_model_len`` (tokens) and ``cache_ram`` (MiB) count where the recipe says nothing.
+    ``max_model_len`` (tokens), ``max_num_seqs`` and ``cache_ram`` (MiB) count where the recipe says nothing.
     """
 
     verb: Verb
@@ -60,6 +60,7 @@ class Launch:
     memory_max: int = 0
     gpus: tuple[str, ...] = ()
     max_model_len: int | None = None
+    max_num_seqs: int | None = None
     cache_ram: int | None = None
     n_gpu_layers: int | None = None
     tensor_split: tuple[int, ...] = ()
@@ -67,7 +68,7 @@ class Launch:
     @property
     def decisions(self) -> Decisions:
         """Return what the daemon chose where the recipe leaves it open."""
-        return Decisions(self.max_model_len, self.cache_ram, self.n_gpu_layers, self.tensor_split, self.gpus)
+        return Decisions(**{name: getattr(self, name) for name in Decisions.__dataclass_fields__})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +90,13 @@ class Write:
 
 Request = Launch | Act | Write
 
-_CHOSEN = frozenset({"n_ctx_train", "memory_max", "gpus", "max_model_len", "cache_ram", "n_gpu_layers", "tensor_split"})
+_CHOSEN = frozenset({"n_ctx_train", "memory_max", *Decisions.__dataclass_fields__})
 _KEYS: Mapping[Verb, tuple[type[Any], frozenset[str], frozenset[str]]] = {
     **dict.fromkeys(
-        (Verb.START, Verb.SHOW, Verb.CHECK),
+        (Verb.START, Verb.SHOW, Verb.CHECK, Verb.DRY_RUN),
         (Launch, frozenset({"id", "hash", "file", "model"}), _CHOSEN),
     ),
-    **dict.fromkeys((Verb.STOP, Verb.KILL, Verb.RESET), (Act, frozenset({"id"}), frozenset())),
+    **dict.fromkeys((Verb.STOP, Verb.KILL), (Act, frozenset({"id"}), frozenset())),
     Verb.PROBE: (Act, frozenset(), frozenset()),
     Verb.PUT_RECIPE: (Write, frozenset({"name", "text"}), frozenset()),
     Verb.DELETE_RECIPE: (Write, frozenset({"name"}), frozenset()),
@@ -217,6 +218,7 @@ _CHECKS: Mapping[str, tuple[str, Callable[[object], object]]] = {
     "model": ("the absolute path of a model file", _path),
     "n_ctx_train": ("a whole number from 1 to 2^31, or null", _optional(_whole(1, 1 << 31))),
     "max_model_len": (f"a whole number from 1 to {MAX_CONTEXT}, or null", _optional(_whole(1, MAX_CONTEXT))),
+    "max_num_seqs": ("a whole number from 1 to 256, or null", _optional(_whole(1, 256))),
     "cache_ram": ("a whole number of MiB up to 2^24, or null", _optional(_whole(0, 1 << 24))),
     "memory_max": ("a whole number of bytes up to 2^60", _whole(0, 1 << 60)),
     "n_gpu_layers": ("a whole number up to 4096, or null", _optional(_whole(0, 4096))),

@@ -55,9 +55,10 @@ class Memory:
         return replace(self, free=free)
 
 
-def holding(placement: Placement, n_devices: int, *, is_taken: bool) -> Holding:
+def holding(placement: Placement, memory: Memory, *, is_taken: bool) -> Holding:
     """Return what a placement holds; ``is_taken``: its model was ready when the memory was measured."""
-    held = placement.held(n_devices)
+    n_devices = len(memory.free.devices)
+    held = placement.held(n_devices, memory.uuids)
     if not is_taken:
         return Holding(held, held)
     mapped = placement.estimate.host.weights - placement.estimate.repacked

@@ -59,6 +59,8 @@ class ModelSpec:
     stall_timeout_s: float = 120.0
     concurrency_limit: int = 0
     max_queue: int = 64
+    excludes: frozenset[str] = frozenset()  # who may never be loaded beside it
+    companions: frozenset[str] = frozenset()  # who is always loaded and evicted with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class Waiter(NamedTuple):
     arrived_at: float
     cost_tokens: int | None  # None: it may use all of max_model_len
     is_load: bool
+    is_along: bool = False
 
 
 @dataclass(slots=True)
@@ -125,9 +128,17 @@ class Instance:
     is_stale: bool = False
     is_removed: bool = False
     is_vetted: bool = False  # its plan was found good, so that evicting for it is not in vain
+    is_proven: bool = False  # llama-server itself has said what it needs, or nobody can
+    is_second_try: bool = False  # the GPU's memory was too small for it a moment ago
     is_being_vetted: bool = False
     wish: Wish | None = None  # what it needs, once its plan was checked; None: not known
     placement: Placement | None = None  # where its process lies, while there is one
+
+    @property
+    def protects(self) -> frozenset[str]:
+        """Who may not have to go for it: those that it is to be loaded along with."""
+        is_along = self.waiters and all(waiter.is_along for waiter in self.waiters.values())
+        return self.spec.companions if is_along else frozenset()
 
     @property
     def is_resident(self) -> bool:

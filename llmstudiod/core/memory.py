@@ -9,7 +9,7 @@ and layers; the compute buffers were fitted to what llama.cpp 0.7.0 reserves.
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 from llmstudiod.core.model_shape import Layer, ModelShape
 
@@ -102,6 +102,12 @@ class Estimate:
     prompt_cache: int = 0
     is_validated: bool = True
     notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the estimate of which ``values`` are the fields, as JSON holds them."""
+        devices = tuple(Share(**share) for share in values["devices"])
+        return cls(**{**values, "host": Share(**values["host"]), "devices": devices, "notes": tuple(values["notes"])})
 
     @property
     def host_total(self) -> int:
@@ -225,6 +231,11 @@ def compute_bytes(shape: ModelShape, run: Run) -> int:
     return run.n_ubatch * (4 * width + masks_bytes)
 
 
+def output_bytes(shape: ModelShape, run: Run) -> int:
+    """Return the bytes of the buffer in host memory for the logits."""
+    return 4 * shape.n_vocab * (run.n_ubatch if run.all_logits else run.n_seq)
+
+
 def _attention_width(shape: ModelShape) -> int:
     """Return the elements that are alive for a token in the attention."""
     e = shape.n_embd
@@ -299,8 +310,7 @@ def estimate(shape: ModelShape, run: Run) -> Estimate:
     used = [bool(device.layers) for device in devices]
     on_host = compute if host.layers or not any(used) or run.n_cpu_moe else inputs
     runtime = PROCESS_BYTES + VOCABULARY_BYTES * shape.n_vocab + (GPU_PROCESS_BYTES if any(used) else 0)
-    logits = 4 * shape.n_vocab * (run.n_ubatch if run.all_logits else run.n_seq)
-    host += Share(compute=on_host + logits, runtime=runtime)
+    host += Share(compute=on_host + output_bytes(shape, run), runtime=runtime)
     devices = [
         device + Share(compute=compute, runtime=DEVICE_RUNTIME_BYTES) if is_used else device
         for device, is_used in zip(devices, used, strict=True)

@@ -2,6 +2,7 @@
 
 from llmstudiod.core.events import MemoryMeasured
 from llmstudiod.core.ledger import Memory
+from llmstudiod.core.placement import Room
 
 MEASURED_FOR_S = 2.0  # other programs come and go
 SETTLING_S = 5.0  # a GPU's memory is free a moment after its process has gone
@@ -14,6 +15,7 @@ class MemoryWatch:
     def __init__(self) -> None:
         self.is_on = False
         self.memory: Memory | None = None
+        self.others = Room(0)  # what other programs used when that could be told last
         self._number = 0
         self._is_asked = False
         self._gone_at = float("-inf")

@@ -1,10 +1,13 @@
 """What the scheduler must know of a model: its recipe, and the settings where the recipe says nothing."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from llmstudiod.core.lifecycle import ModelSpec
 from llmstudiod.core.recipe import Recipe, recipe_hash
 from llmstudiod.core.settings import Settings
+from llmstudiod.core.sharing import relations
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,7 @@ class LifecycleDefaults:
     stall_timeout_s: float = 120.0
     concurrency_limit: int = 0
     max_queue: int = 64
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def lifecycle_defaults(settings: Settings) -> LifecycleDefaults:
@@ -26,6 +30,7 @@ def lifecycle_defaults(settings: Settings) -> LifecycleDefaults:
         stall_timeout_s=settings.load_stall_timeout,
         concurrency_limit=settings.concurrency_limit,
         max_queue=settings.max_queue,
+        groups=settings.groups,
     )
 
 
@@ -35,6 +40,7 @@ def model_spec(recipe: Recipe, defaults: LifecycleDefaults) -> ModelSpec:
     def choose(own: float | None, default: float) -> float:
         return default if own is None else own
 
+    excludes, companions = relations(defaults.groups, recipe.id)
     return ModelSpec(
         id=recipe.id,
         recipe_hash=recipe_hash(recipe),
@@ -46,4 +52,6 @@ def model_spec(recipe: Recipe, defaults: LifecycleDefaults) -> ModelSpec:
         stall_timeout_s=choose(recipe.load_stall_timeout, defaults.stall_timeout_s),
         concurrency_limit=recipe.concurrency_limit or defaults.concurrency_limit,
         max_queue=defaults.max_queue,
+        excludes=excludes,
+        companions=companions,
     )

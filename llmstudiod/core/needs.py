@@ -1,12 +1,17 @@
 """From a recipe to what its model needs in memory, and to the limit that its unit gets."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 
 from llmstudiod.core.command import DEFAULT_CACHE_RAM_MIB, Context
 from llmstudiod.core.flags import find_flag
 from llmstudiod.core.memory import MIB, Estimate, Run, checkpoint_bytes, estimate
 from llmstudiod.core.model_shape import ModelShape
 from llmstudiod.core.recipe import Recipe
+
+FORMULAS = 1
+"""The version of the estimate that corrections are relative to."""
 
 DEFAULT_UBATCH = 512
 DEFAULT_CHECKPOINTS = 32
@@ -74,6 +79,21 @@ def memory_limit(need: Estimate, shape: ModelShape, run: Run, *, file_bytes: int
     """
     rest = need.host_total - need.host.weights + need.prompt_cache + checkpoint_bytes(shape, run)
     return (max(need.host.weights, file_bytes) + rest) * 5 // 4
+
+
+# What a recipe says of other things than what llama-server does with memory.
+_UNRELATED = frozenset({
+    "id", "name", "description", "tags", "served_model_name", "aliases", "default", "unlisted", "idle_timeout",
+    "pinned", "preload", "priority", "concurrency_limit", "load_stall_timeout", "drain_timeout", "restart",
+    "limits", "sandbox",
+})  # fmt: skip
+
+
+def memory_key(recipe: Recipe, files: Iterable[str], build: Iterable[str]) -> str:
+    """Return under which name it is kept what a model needs: its files, what is set, the build of llama-server."""
+    settings = {name: value for name, value in recipe.as_dict().items() if name not in _UNRELATED}
+    content = json.dumps([FORMULAS, settings, *files, *build], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _canonical(extra_args: Mapping[str, object]) -> dict[str, object]:

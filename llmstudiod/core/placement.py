@@ -2,16 +2,19 @@
 
 Pure: needs and free bytes in, a placement or a refusal out. One GPU is preferred, then the fewest; of those that fit
 the one with the least room, so that the larger ones stay free for larger models. Nothing is chosen that a recipe sets.
+What it leaves open gives way in this order: slots down to one, the context, layers on the GPUs, the GPUs.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
 from itertools import combinations
+from typing import Any, Self
 
-from llmstudiod.core.memory import Estimate, Run, Share, estimate
+from llmstudiod.core.learned import AS_ESTIMATED, Correction, corrected
+from llmstudiod.core.memory import Estimate, Run, estimate
 from llmstudiod.core.model_shape import ModelShape
 from llmstudiod.core.needs import ENCODER_BYTES
-from llmstudiod.core.units import format_bytes
 
 MIN_CONTEXT = 2048
 """A context that was left open is not reduced below this."""
@@ -19,13 +22,30 @@ MIN_CONTEXT = 2048
 _MAX_TRIES = 64
 
 
+class Grade(IntEnum):
+    """How good a place is, the best first. Whoever waits gets the best that the machine could ever give it."""
+
+    FULL = 0  # all layers on GPUs where there are any, and the whole context
+    SHORTER = 1  # a shorter context
+    PARTLY = 2  # as many layers on GPUs as fit
+    PARTLY_SHORTER = 3
+    CPU = 4  # no GPU, though there are some
+    CPU_SHORTER = 5
+
+    @property
+    def is_shorter(self) -> bool:
+        """Whether the context is less than what is wished for."""
+        return bool(self % 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """A model that wants a place, what its recipe sets and what it leaves open.
 
-    ``run`` has the context that is wished for. ``gpus``: the indices that are allowed, None for all; ``max_gpus``: how
-    many at most. ``n_gpu_layers`` None: as many as fit. ``is_context_open``: the context may be reduced. ``draft`` and
-    ``mmproj_bytes`` go where the model goes.
+    ``run`` has the context and the slots that are wished for. ``gpus``: the indices that are allowed, None for all;
+    ``max_gpus``: how many at most. ``n_gpu_layers`` None: as many as fit. ``is_context_open``: the context may be
+    reduced; ``are_slots_open``: so may the slots. ``draft`` and ``mmproj_bytes`` go where the model goes.
+    ``correction``: what llama-server told of it. ``margin``: the part of the need that must be free on top of it.
     """
 
     model: str
@@ -38,13 +58,25 @@ class Wish:
     split_mode: str | None = None
     main_gpu: int = 0
     is_context_open: bool = False
+    are_slots_open: bool = False
     draft: ModelShape | None = None
     mmproj_bytes: int = 0
+    correction: Correction = AS_ESTIMATED
+    margin: float = 0.0
 
     @property
     def all_layers(self) -> int:
         """The blocks, and the output as one more."""
         return self.shape.n_layers + 1
+
+    def grades(self, *, has_gpus: bool) -> tuple[Grade, ...]:
+        """Return the grades of place that it may have, the best first."""
+        may_give_way = has_gpus and self.gpus != () and self.n_gpu_layers is None
+        return tuple(
+            grade
+            for grade in Grade
+            if (self.is_context_open or not grade.is_shorter) and (may_give_way or grade < Grade.PARTLY)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +94,8 @@ class Placement:
     ``is_reduced``: the context is shorter than the one that was wished for. ``uuids``: those of ``gpus``, once known.
     """
 
+    # An index is a place among the GPUs that were measured; a GPU that is lost or added moves the others, not the UUID.
+
     gpus: tuple[int, ...]
     run: Run
     estimate: Estimate
@@ -69,11 +103,31 @@ class Placement:
     is_reduced: bool = False
     uuids: tuple[str, ...] = ()
 
-    def held(self, n_devices: int) -> Room:
-        """Return what it takes of the host and of each of all devices."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the placement of which ``values`` is the `as_dict`; KeyError, TypeError, ValueError for none."""
+        run, need = values["run"], values["estimate"]
+        return cls(
+            gpus=tuple(map(int, values["gpus"])),
+            run=Run(**{**run, "proportions": tuple(run["proportions"])}),
+            estimate=Estimate.from_dict(need),
+            notes=tuple(values["notes"]),
+            is_reduced=bool(values["is_reduced"]),
+            uuids=tuple(map(str, values["uuids"])),
+        )
+
+    def held(self, n_devices: int, uuids: Sequence[str] = ()) -> Room:
+        """Return what it takes of the host and of each of all devices, which have ``uuids``."""
         devices = [0] * n_devices
-        for index, share in zip(self.gpus, self.estimate.devices, strict=True):
-            devices[index] += share.total
+        places = {uuid: index for index, uuid in enumerate(uuids)}
+        for number, (index, share) in enumerate(zip(self.gpus, self.estimate.devices, strict=True)):
+            place = places.get(self.uuids[number]) if self.uuids and uuids else index
+            if place is not None:
+                devices[place] += share.total
         return Room(host_bytes(self.estimate), tuple(devices))
 
 
@@ -92,46 +146,70 @@ def needs(wish: Wish, run: Run) -> Estimate:
     if wish.draft is not None:
         layers = wish.draft.n_layers + 1 if run.n_gpu_layers else 0
         total += estimate(wish.draft, replace(run, n_gpu_layers=layers, cache_ram=0))
-    return total.with_encoder(weights=wish.mmproj_bytes, compute=ENCODER_BYTES) if wish.mmproj_bytes else total
+    if wish.mmproj_bytes:
+        total = total.with_encoder(weights=wish.mmproj_bytes, compute=ENCODER_BYTES)
+    return corrected(total, wish.correction)
 
 
-def place(wish: Wish, room: Room) -> Placement | None:
-    """Return where the model goes, or None where it fits nowhere."""
-    for run in _contexts(wish):
-        found = _placed(wish, run, room)
-        if found is not None:
-            if run.n_ctx < wish.run.n_ctx:
-                note = f"context reduced from {wish.run.n_ctx} to {run.n_ctx} tokens in all: more does not fit"
-                found = replace(found, notes=(*found.notes, note), is_reduced=True)
-            return found
+def place(wish: Wish, room: Room, grade: Grade | None = None) -> Placement | None:
+    """Return where the model goes, or None where it fits nowhere; ``grade``: only a place as good as that."""
+    for each in wish.grades(has_gpus=bool(room.devices)):
+        if grade is not None and each is not grade:
+            continue
+        for run in _runs(wish, each):
+            found = _placed(wish, run, room, each)
+            if found is not None:
+                return _told(wish, found)
     return None
 
 
-def _contexts(wish: Wish) -> Iterator[Run]:
-    """Yield the context that is wished for, then shorter ones where the recipe left it open."""
-    run = wish.run
-    yield run
-    streams = 1 if run.is_unified else run.n_seq
-    length = run.n_ctx // streams // 2 // 256 * 256
-    while wish.is_context_open and length >= MIN_CONTEXT:
-        yield replace(run, n_ctx=length * streams)
-        length = length // 2 // 256 * 256
+def _told(wish: Wish, found: Placement) -> Placement:
+    """Return the placement with what is less than was wished for, in words."""
+    lengths = length_of(wish.run), length_of(found.run)
+    notes, is_reduced = list(found.notes), lengths[1] < lengths[0]
+    if is_reduced:
+        notes.append(f"context reduced from {lengths[0]} to {lengths[1]} tokens for one request: more does not fit")
+    if found.run.n_seq < wish.run.n_seq:
+        slots = "slots" if found.run.n_seq > 1 else "slot"
+        notes.append(f"{found.run.n_seq} {slots} instead of {wish.run.n_seq}: more does not fit")
+    return replace(found, notes=tuple(notes), is_reduced=is_reduced)
 
 
-def _placed(wish: Wish, run: Run, room: Room) -> Placement | None:
+def length_of(run: Run) -> int:
+    """Return the tokens that one request may use."""
+    return run.n_ctx // (1 if run.is_unified else run.n_seq)
+
+
+def _runs(wish: Wish, grade: Grade) -> Iterator[Run]:
+    """Yield the ways to run it at a grade, the best first: the longest context, then the most slots.
+
+    Where only a part of it goes to GPUs each slot costs layers, so it gets one.
+    """
+    most, whole = wish.run.n_seq, length_of(wish.run)
+    fewest = 1 if wish.are_slots_open else most
+    if grade in {Grade.PARTLY, Grade.PARTLY_SHORTER}:
+        most = fewest
+    lengths = [whole]
+    if grade.is_shorter:
+        lengths = []
+        length = whole // 2 // 256 * 256
+        while length >= MIN_CONTEXT:
+            lengths.append(length)
+            length = length // 2 // 256 * 256
+    for length in lengths:
+        for slots in range(most, fewest - 1, -1):
+            yield replace(wish.run, n_seq=slots, n_ctx=length * (1 if wish.run.is_unified else slots))
+
+
+def _placed(wish: Wish, run: Run, room: Room, grade: Grade) -> Placement | None:
     allowed = [index for index in range(len(room.devices)) if wish.gpus is None or index in wish.gpus]
     wanted = wish.all_layers if wish.n_gpu_layers is None else min(wish.n_gpu_layers, wish.all_layers)
-    if not allowed or not wanted:
+    if not allowed or not wanted or grade >= Grade.CPU:
         return _fitting(wish, replace(run, n_gpu_layers=0, proportions=()), (), room)
-    choices = list(_choices(wish, allowed, room))
-    for gpus in choices:
-        found = _split(wish, run, gpus, wanted, room)
-        if found is not None:
-            return found
-    if wish.n_gpu_layers is not None:
-        return None
-    best = max(filter(None, (_most_layers(wish, run, gpus, room) for gpus in choices)), key=_layers, default=None)
-    return best or _fitting(wish, replace(run, n_gpu_layers=0, proportions=()), (), room)
+    choices = _choices(wish, allowed, room)
+    if grade >= Grade.PARTLY:
+        return max(filter(None, (_most_layers(wish, run, gpus, room) for gpus in choices)), key=_layers, default=None)
+    return next(filter(None, (_split(wish, run, gpus, wanted, room) for gpus in choices)), None)
 
 
 def _choices(wish: Wish, allowed: Sequence[int], room: Room) -> Iterator[tuple[int, ...]]:
@@ -163,7 +241,8 @@ def _split(wish: Wish, run: Run, gpus: tuple[int, ...], n_layers: int, room: Roo
     counts = _whole_parts(parts, n_layers)
     for _ in range(_MAX_TRIES):
         found = needs(wish, replace(run, proportions=tuple(map(float, counts))))
-        spare = [room.devices[g] - share.total for g, share in zip(gpus, found.devices, strict=True)]
+        taken = [_with_margin(share.total, wish) for share in found.devices]
+        spare = [room.devices[gpu] - size for gpu, size in zip(gpus, taken, strict=True)]
         if min(spare) >= 0:
             return _fitting(wish, replace(run, proportions=tuple(map(float, counts))), gpus, room)
         worst, best = spare.index(min(spare)), spare.index(max(spare))
@@ -206,80 +285,16 @@ def _layers(placement: Placement) -> tuple[int, int]:
 
 def _fitting(wish: Wish, run: Run, gpus: tuple[int, ...], room: Room) -> Placement | None:
     need = needs(wish, run)
-    if host_bytes(need) > room.host:
+    if _with_margin(host_bytes(need), wish) > room.host:
         return None
-    if any(share.total > room.devices[index] for index, share in zip(gpus, need.devices, strict=True)):
+    shares = zip(gpus, need.devices, strict=True)
+    if any(_with_margin(share.total, wish) > room.devices[index] for index, share in shares):
         return None
     notes: tuple[str, ...] = ()
-    if gpus and run.n_gpu_layers < wish.all_layers and wish.n_gpu_layers is None:
+    if run.n_gpu_layers < wish.all_layers and wish.n_gpu_layers is None and room.devices and wish.gpus != ():
         notes = (f"{run.n_gpu_layers} of {wish.all_layers} layers on the GPU: more does not fit",)
     return Placement(gpus, run, need, notes)
 
 
-# Refusals
-
-
-def refusal(wish: Wish, room: Room, freeable: Room, *, names: Sequence[str]) -> tuple[str, str]:
-    """Return why a model does not fit, with the sum, and what would fit.
-
-    ``room`` is free now, ``freeable`` what could be freed in addition; ``names`` are those of the devices, for people.
-    """
-    on_gpu = bool(room.devices) and wish.gpus != () and wish.n_gpu_layers != 0
-    layers = wish.all_layers if wish.n_gpu_layers is None else min(wish.n_gpu_layers, wish.all_layers)
-    run = replace(wish.run, n_gpu_layers=layers if on_gpu else 0, proportions=(1.0,) if on_gpu else ())
-    need = needs(wish, run)
-    told = [f"it needs {_sum(need.devices[0], run)} on a GPU" if on_gpu else ""]
-    host = replace(need.host, runtime=need.host.runtime + need.prompt_cache)
-    if not on_gpu or host_bytes(need) > room.host:
-        told.append(f"{'and' if on_gpu else 'it needs'} {_sum(host, run)} of RAM")
-    places = [
-        f"{names[index]} has {format_bytes(max(0, room.devices[index]))} free, "
-        f"{format_bytes(freeable.devices[index])} could be freed"
-        for index in range(len(room.devices))
-        if on_gpu and (wish.gpus is None or index in wish.gpus)
-    ]
-    if len(told) > 1 or not on_gpu:
-        free = f"{format_bytes(max(0, room.host))} of RAM are free, {format_bytes(freeable.host)} could be freed"
-        places.append(free)
-    sentence = " ".join(part for part in told if part)
-    return f"{sentence}; {'; '.join(places)}", _what_would_fit(wish, room, freeable)
-
-
-def _sum(share: Share, run: Run) -> str:
-    buffers = share.compute + share.runtime
-    parts = [
-        f"weights {format_bytes(share.weights)}",
-        f"KV cache {format_bytes(share.kv)} for {run.n_ctx:,} tokens",
-        f"buffers {format_bytes(buffers)}",
-    ]
-    return f"{format_bytes(share.total)} ({', '.join(parts)})"
-
-
-def _what_would_fit(wish: Wish, room: Room, freeable: Room) -> str:
-    """Return the next step: the longest context or the most layers with which it would fit."""
-    devices = tuple(a + b for a, b in zip(room.devices, freeable.devices, strict=True))
-    all_room = Room(room.host + freeable.host, devices)
-    streams = 1 if wish.run.is_unified else wish.run.n_seq
-    ways = []
-    length = _longest(wish, all_room, streams)
-    if length:
-        ways.append(f"max_model_len {length}")
-    if wish.n_gpu_layers:
-        fewer = place(replace(wish, n_gpu_layers=None), all_room)
-        if fewer is not None and fewer.gpus:
-            ways.append(f"n_gpu_layers {fewer.run.n_gpu_layers}")
-    if not ways:
-        return "a smaller quantisation, or a smaller model, may fit"
-    return f"it would fit with {' or '.join(ways)}"
-
-
-def _longest(wish: Wish, room: Room, streams: int) -> int:
-    """Return the longest context of one request with which the model fits, in steps of 256; 0: none."""
-    low, high, best = 1, wish.run.n_ctx // streams // 256, 0
-    while low <= high:
-        middle = (low + high) // 2
-        if _placed(wish, replace(wish.run, n_ctx=middle * 256 * streams), room) is None:
-            high = middle - 1
-        else:
-            best, low = middle * 256, middle + 1
-    return best
+def _with_margin(size: int, wish: Wish) -> int:
+    return size + int(size * wish.margin)

@@ -12,6 +12,7 @@ priority than the one that it made room for.
 from collections.abc import Collection
 
 from llmstudiod.core.lifecycle import Instance, State, StopCause
+from llmstudiod.core.placement import Placement
 
 Instances = Collection[Instance]
 
@@ -46,11 +47,19 @@ def unused(instances: Instances) -> list[Instance]:
     return abandoned + sorted((i for i in candidates if i.is_idle), key=_eviction_order)
 
 
-def busy_victim(instances: Instances, *, waited_since: float) -> Instance | None:
-    """Return the busy instance that should make room for somebody who waits since then."""
-    ready = [instance for instance in evictable(instances) if instance.state is State.READY]
-    candidates = [i for i in ready if not i.waiters or oldest_arrival(i) > waited_since]
-    return min(candidates, key=_eviction_order, default=None)
+def busy_victims(instances: Instances, *, waited_since: float) -> list[Instance]:
+    """Return the busy instances that may be asked to make room for somebody who waits since then, the first first."""
+    ready = [each for each in evictable(instances) if each.state is State.READY and not each.is_idle]
+    return sorted((i for i in ready if not i.waiters or oldest_arrival(i) > waited_since), key=_eviction_order)
+
+
+def idle_neighbours(instances: Instances, placement: Placement | None) -> list[Instance]:
+    """Return the idle ones on the same GPUs; ``placement`` None: whoever may have a part of a GPU."""
+    idle = [each for each in unused(instances) if each.is_idle]
+    if placement is None:
+        return idle
+    gpus = set(placement.gpus)
+    return [each for each in idle if each.placement is None or gpus & set(each.placement.gpus)]
 
 
 def oldest_arrival(instance: Instance) -> float:

@@ -7,20 +7,11 @@ Who has to go when there is not room for all is chosen in `llmstudiod.core.room`
 """
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar, assert_never
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
-from llmstudiod.core import room
-from llmstudiod.core.errors import (
-    BackingOffError,
-    LlmstudioError,
-    LoadFailedError,
-    LoadStalledError,
-    ModelNotFoundError,
-    QueueFullError,
-    ShuttingDownError,
-    UnavailableError,
-    UpstreamCrashedError,
-)
+from llmstudiod.core import rejections, room
+from llmstudiod.core.errors import LlmstudioError, LoadStalledError
 from llmstudiod.core.events import (
     Action,
     BecameReady,
@@ -28,6 +19,7 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    LoadToo,
     MeasureMemory,
     MemoryMeasured,
     PlanVetted,
@@ -54,10 +46,14 @@ from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, St
 from llmstudiod.core.memory_watch import MemoryWatch
 from llmstudiod.core.placement import Placement
 
+if TYPE_CHECKING:
+    from llmstudiod.core.seating import Seating
+
 BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
 OVERTAKE_S = 2.0
 OfRun = TypeVar("OfRun", UnitStarted, LoadProgressed, BecameReady, UnitFailed, UnitGone, TimerFired)
 
+SECOND_TRY_MARGIN = 0.1
 SETTLED_S = 1.0  # a server that ends without an error so soon after it was ready was not stopped by somebody
 STABLE_S = 60.0  # a model that was ready for so long starts its count of failures anew
 
@@ -87,6 +83,10 @@ class Scheduler:
     def views(self) -> list[InstanceView]:
         """Return frozen copies of all instances, in the order of their ids."""
         return [view(instance) for _, instance in sorted(self._instances.items())]
+
+    def _is_up(self, model: str) -> bool:
+        instance = self._instances.get(model)
+        return instance is not None and instance.is_resident
 
     def is_quiet(self) -> bool:
         """Whether no instance holds a process."""
@@ -152,7 +152,7 @@ class Scheduler:
 
     def _arrive(self, event: RequestArrived) -> None:
         instance = self._instances.get(event.model)
-        if refusal := self._refusal(instance, event):
+        if refusal := rejections.at_once(instance, event, is_shutting_down=self._is_shutting_down):
             self._actions.append(Refuse(event.ticket, refusal))
             return
         assert instance is not None
@@ -162,39 +162,10 @@ class Scheduler:
         if may_pass and instance.has_room_for(event.cost_tokens):
             self._grant(instance, event.ticket, event.cost_tokens, event.at)
             return
-        waiter = Waiter(event.ticket, event.at, event.cost_tokens, event.is_load)
+        waiter = Waiter(event.ticket, event.at, event.cost_tokens, event.is_load, event.is_along)
         instance.waiters[event.ticket] = waiter
         self._waiting_in[event.ticket] = instance
         self._admit(instance, event.at)
-
-    def _refusal(self, instance: Instance | None, event: RequestArrived) -> LlmstudioError | None:
-        """Return what is known against a request at once, before any answer was begun."""
-        if instance is None or instance.is_removed:
-            return ModelNotFoundError(f"there is no model '{event.model}'", hint="see `llmstudioctl list`")
-        if self._is_shutting_down:
-            return ShuttingDownError("the daemon is stopping", hint="try again in a moment")
-        if event.is_load:
-            return None
-        if instance.state is State.FAILED and event.at < instance.retry_at:
-            return self._backing_off(instance, event.at)
-        is_granted_now = instance.state is State.READY and instance.has_room_for(event.cost_tokens)
-        if len(instance.waiters) >= instance.spec.max_queue and (instance.waiters or not is_granted_now):
-            return QueueFullError(
-                f"{len(instance.waiters)} requests already wait for '{event.model}'",
-                hint="try again later, or raise max_queue",
-                details={"retry_after_s": 1},
-            )
-        return None
-
-    def _backing_off(self, instance: Instance, at: float) -> LlmstudioError:
-        wait_s = instance.retry_at - at
-        failure = instance.failure
-        reason = failure.message if failure else "its last start failed"
-        return BackingOffError(
-            f"'{instance.spec.id}' is not started again for {max(1, round(wait_s))} s: {reason}",
-            hint=(failure.hint if failure else None) or f"`llmstudioctl load {instance.spec.id}` tries at once",
-            details={"retry_after_s": wait_s + 0.5, "failure": failure.kind if failure else None},
-        )
 
     def _admit(self, instance: Instance, at: float) -> None:
         """Grant waiters in their order for as long as there is room for the first; a load has what it wants at once."""
@@ -225,7 +196,7 @@ class Scheduler:
         if waiting_in := self._waiting_in.pop(event.ticket, None):
             del waiting_in.waiters[event.ticket]
             if not waiting_in.waiters:
-                waiting_in.is_vetted = False  # the next who asks may come much later
+                waiting_in.is_vetted = waiting_in.is_proven = False  # the next who asks may come much later
             self._admit(waiting_in, event.at)
             return
         instance, run = self._flying_in.pop(event.ticket, (None, 0))
@@ -253,7 +224,7 @@ class Scheduler:
         instance.progress_at = at
         instance.stop_cause = None
         instance.is_stale = False
-        instance.is_vetted = False
+        instance.is_vetted = instance.is_proven = False
         instance.yields_to = None
         instance.overtake_at = 0.0
         for other in self._instances.values():
@@ -262,6 +233,7 @@ class Scheduler:
         self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
         instance.placement = placement
         self._actions.append(StartUnit(instance.spec.id, instance.run, placement))
+        self._actions += [LoadToo(model) for model in sorted(instance.spec.companions) if not self._is_up(model)]
         self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
 
     def _adopt(self, event: UnitFound) -> None:
@@ -274,6 +246,7 @@ class Scheduler:
         instance.progress_at = event.at
         instance.stop_cause = None
         instance.is_stale = event.recipe_hash != instance.spec.recipe_hash
+        instance.placement = event.placement
         self._move(instance, State.LOADING, event.at, "it was running already")
         self._actions.append(WatchUnit(event.model, instance.run))
         self._set_timer(instance, Timer.STALL, event.at + instance.spec.stall_timeout_s)
@@ -293,6 +266,7 @@ class Scheduler:
             return
         instance.facts = event.facts
         instance.progress = None
+        instance.is_second_try = False
         instance.ready_at = instance.idle_since = event.at
         self._move(instance, State.READY, event.at, "/health answers 200")
         self._set_idle_timer(instance, event.at)
@@ -306,6 +280,9 @@ class Scheduler:
             self._settle(instance, event.at, "it ended while it was drained")
             return
         was_serving = instance.state in {State.READY, State.DRAINING}
+        if not was_serving and self._try_again_alone(instance, event):
+            return
+        instance.is_second_try = False
         if was_serving and event.failure.kind == "exited" and event.at - instance.ready_at > SETTLED_S:
             self._settle(instance, event.at, "stopped by hand")  # `systemctl stop` of the unit or the slice
             return
@@ -316,7 +293,24 @@ class Scheduler:
             # They have sent nothing yet and the model did load before: one fresh start is worth their while.
             instance.retry_at = event.at
         else:
-            self._refuse_waiters(instance, _failure_error(instance.spec.id, event.failure, was_serving=was_serving))
+            self._refuse_waiters(instance, rejections.failed(instance.spec.id, event.failure, was_serving=was_serving))
+
+    def _try_again_alone(self, instance: Instance, event: UnitFailed) -> bool:
+        """Let idle ones go and try once more where a GPU's memory was too small; return whether that is so.
+
+        It needs more than was promised to it, or somebody else has taken it.
+        """
+        if event.failure.kind != "oom_vram" or not instance.waiters or instance.is_second_try:
+            return False
+        placement, at = instance.placement, event.at
+        others = room.idle_neighbours(self._instances.values(), placement)
+        if not others and (placement is None or not placement.gpus):
+            return False
+        self._fail(instance, at, event.failure)
+        instance.failures, instance.retry_at, instance.is_second_try = 0, at, True
+        for other in others:
+            self._stop(other, at, cause=StopCause.EVICT)
+        return True
 
     def _fail(self, instance: Instance, at: float, failure: Failure) -> None:
         instance.failures += 1
@@ -407,7 +401,9 @@ class Scheduler:
         timeout_s = instance.spec.idle_timeout_s
         if not timeout_s or instance.spec.is_pinned or not instance.is_resident:
             return
-        due_at = (instance.idle_since if instance.is_idle else at) + timeout_s
+        staying = room.evictable(self._instances.values())
+        fellows = [each for each in staying if each.spec.id in instance.spec.companions]
+        due_at = max(each.idle_since if each.is_idle else at for each in (instance, *fellows)) + timeout_s
         if due_at > at:
             self._set_timer(instance, Timer.IDLE, due_at)
         else:
@@ -430,10 +426,9 @@ class Scheduler:
     def _unload(self, event: UnloadAsked) -> None:
         instance = self._instances.get(event.model)
         if instance is None:
-            error = ModelNotFoundError(f"there is no model '{event.model}'", hint="see `llmstudioctl list`")
-            self._actions.append(Refuse(event.ticket, error))
+            self._actions.append(Refuse(event.ticket, rejections.no_model(event.model)))
             return
-        unloaded = ShuttingDownError(f"'{event.model}' was unloaded on request", hint="ask again to load it anew")
+        unloaded = rejections.unloaded(event.model)
         if not instance.is_resident:
             if instance.state is State.FAILED:
                 instance.failures = 0
@@ -461,7 +456,7 @@ class Scheduler:
                 self._set_idle_timer(instance, event.at)  # otherwise the one that is set is the right one
             instance.is_removed = False
             if old.recipe_hash != spec.recipe_hash:
-                instance.is_vetted = False
+                instance.is_vetted = instance.is_proven = False
                 self._outdate(instance, event.at)
         for model in [model for model in self._instances if model not in event.specs]:
             self._remove(self._instances[model], event.at)
@@ -481,7 +476,7 @@ class Scheduler:
     def _remove(self, instance: Instance, at: float) -> None:
         instance.is_removed = True
         model = instance.spec.id
-        self._refuse_waiters(instance, ModelNotFoundError(f"the recipe of '{model}' was removed"))
+        self._refuse_waiters(instance, rejections.removed(model))
         if not instance.is_resident:
             del self._instances[model]
         elif instance.state in {State.STARTING, State.LOADING}:
@@ -492,7 +487,7 @@ class Scheduler:
     def _shut_down(self, event: ShutdownAsked) -> None:
         self._is_shutting_down, at = True, event.at
         for instance in self._instances.values():
-            self._refuse_waiters(instance, ShuttingDownError("the daemon is stopping", hint="try again in a moment"))
+            self._refuse_waiters(instance, rejections.shutting_down())
             if event.leaves_units:
                 continue
             if instance.state in {State.STARTING, State.LOADING}:
@@ -512,18 +507,25 @@ class Scheduler:
             return
         is_planned = self.watch.is_on and bool(wanted)
         if is_planned and not self.watch.is_fresh(at):
-            self._vet(wanted)
+            self._vet(each for each in wanted if not each.is_vetted)
             if (number := self.watch.ask()) is not None:
                 self._actions.append(MeasureMemory(number))
             return
-        from llmstudiod.core.seating import seating  # slow to import: nobody waits for it at a start
+        from llmstudiod.core.seating import seating, used_by_others  # slow to import: nobody waits for it at a start
 
+        memory = self.watch.memory if is_planned else None
+        is_settling = self.watch.is_settling(at)
+        if memory is not None and not is_settling:
+            self.watch.others = used_by_others(instances, memory)
         found = seating(
             instances,
             max_instances=self.max_instances,
-            memory=self.watch.memory if is_planned else None,
-            is_settling=self.watch.is_settling(at),
+            memory=memory,
+            settling=self.watch.others if is_settling else None,
         )
+        self._arrange(found, at)
+
+    def _arrange(self, found: "Seating", at: float) -> None:
         for instance, placement in found.start:
             self._start(instance, at, placement)
         for instance in found.stop:
@@ -531,10 +533,10 @@ class Scheduler:
         for instance in found.recall:
             self._recall(instance, at)
         self._vet(found.unknown)
-        for instance in found.crowded:
-            self._wait_for_busy(instance, at)
+        for instance, busy in found.crowded:
+            self._wait_for_busy(instance, busy, at)
         for instance, error in found.hopeless:
-            self._refuse_waiters(instance, error or self._all_pinned(instance))
+            self._refuse_waiters(instance, error or rejections.all_pinned(instance.spec.id, self.max_instances))
         for instance in found.settling[:1]:
             if (again_at := self.watch.again(at)) is not None:
                 self._set_timer(instance, Timer.MEASURE, again_at)
@@ -542,9 +544,10 @@ class Scheduler:
     def _vet(self, wanted: Iterable[Instance]) -> None:
         """Have plans checked; a recipe that cannot start must cost nobody anything."""
         for instance in wanted:
-            if not instance.is_vetted and not instance.is_being_vetted:
+            if not instance.is_being_vetted and not (instance.is_vetted and instance.is_proven):
                 instance.is_being_vetted = True
-                self._actions.append(VetPlan(instance.spec.id, instance.spec.recipe_hash))
+                thoroughly = instance.is_vetted and self.watch.is_on
+                self._actions.append(VetPlan(instance.spec.id, instance.spec.recipe_hash, thoroughly))
 
     def _vetted(self, event: PlanVetted) -> None:
         instance = self._instances.get(event.model)
@@ -554,10 +557,13 @@ class Scheduler:
         if instance.is_resident or instance.spec.recipe_hash != event.recipe_hash:
             return  # it has found a place meanwhile, or is another recipe now, which is asked for anew
         instance.is_vetted = event.failure is None
+        instance.is_proven = event.is_proven
         instance.wish = event.wish
+        if event.wish is not None and instance.is_second_try:
+            instance.wish = replace(event.wish, margin=SECOND_TRY_MARGIN)
         if event.failure is not None and instance.waiters:
             self._fail(instance, event.at, event.failure)
-            self._refuse_waiters(instance, _failure_error(instance.spec.id, event.failure, was_serving=False))
+            self._refuse_waiters(instance, rejections.failed(instance.spec.id, event.failure, was_serving=False))
 
     def _recall(self, instance: Instance, at: float) -> None:
         """Let an instance that drains for an eviction serve on: nobody needs its place any more."""
@@ -566,8 +572,8 @@ class Scheduler:
         self._move(instance, State.READY, at, "its place is not needed any more")
         self._admit(instance, at)
 
-    def _wait_for_busy(self, wanted: Instance, at: float) -> None:
-        """Nothing is unused: ask a busy instance to drain once ``wanted`` has waited for long enough."""
+    def _wait_for_busy(self, wanted: Instance, busy: Iterable[Instance], at: float) -> None:
+        """Nothing that is unused would do: ask busy instances to drain once ``wanted`` has waited for long enough."""
         waited_since = room.oldest_arrival(wanted)
         due_at = waited_since + self._overtake_s
         if at < due_at:
@@ -575,20 +581,6 @@ class Scheduler:
                 wanted.overtake_at = due_at
                 self._set_timer(wanted, Timer.OVERTAKE, due_at)
             return
-        victim = room.busy_victim(self._instances.values(), waited_since=waited_since)
-        if victim is not None:
+        for victim in busy:
             victim.yields_to = wanted
             self._drain(victim, at, StopCause.EVICT)
-
-    def _all_pinned(self, wanted: Instance) -> LlmstudioError:
-        return UnavailableError(
-            f"cannot load '{wanted.spec.id}': max_instances is {self.max_instances}, and all that run are pinned",
-            hint="unpin one (pinned: false), or raise max_instances",
-        )
-
-
-def _failure_error(model: str, failure: Failure, *, was_serving: bool) -> LlmstudioError:
-    details = {"failure": failure.kind, "lines": list(failure.lines)}
-    if was_serving:
-        return UpstreamCrashedError(f"'{model}' ended: {failure.message}", hint=failure.hint, details=details)
-    return LoadFailedError(f"cannot load '{model}': {failure.message}", hint=failure.hint, details=details)

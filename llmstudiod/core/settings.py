@@ -1,11 +1,12 @@
 """The daemon's settings and their defaults. `llmstudiod.core.settings_reader` reads them from files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from llmstudiod.core.bounds import Ge, Interval
 from llmstudiod.core.recipe import Fault
+from llmstudiod.core.sharing import RESERVED
 
 DEFAULT_FILE = "/etc/llmstudio/llmstudiod.yaml"
 
@@ -30,6 +31,8 @@ class Settings:
     open_status: bool = False
     idle_timeout: Annotated[float, Ge(0)] = 600.0
     max_instances: Annotated[int, Interval(ge=0, le=1000)] = 0
+    reserved_memory: Mapping[str, int] = field(default_factory=lambda: dict(RESERVED))
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     concurrency_limit: Annotated[int, Interval(ge=0, le=4096)] = 0
     max_queue: Annotated[int, Interval(ge=0, le=100_000)] = 64
     max_body: Annotated[int, Interval(ge=1024, le=1 << 32)] = 64 << 20

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from llmstudiod.core import sharing
 from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.core.units import format_bytes, parse_duration_s, parse_size_bytes
@@ -28,8 +29,17 @@ _WORDS: Mapping[str, str] = {
 _MAX_DURATION_S = 10 * 365 * 86400.0
 _NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 
+# How each is read, and how it is shown.
+_SHARING: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
+    "reserved_memory": (
+        sharing.reserved_memory,
+        lambda value: ", ".join(f"{name}: {format_bytes(size)}" for name, size in value.items()),
+    ),
+    "groups": (sharing.groups, lambda value: ", ".join(value) or "no group"),
+}
+
 # Settings of the architecture that a later version brings: told, not taken for a slip of the pen.
-_LATER = frozenset({"reserved_memory", "groups", "exit_idle", "usage_keep"})
+_LATER = frozenset({"exit_idle", "usage_keep"})
 
 
 def read_settings(
@@ -88,6 +98,8 @@ def _kept(fault: Fault, settings: Settings, name: str | None = None) -> Fault:
         shown = f"{value:g}s"
     elif name in _SIZES:
         shown = format_bytes(value)
+    elif name in _SHARING:
+        shown = _SHARING[name][1](value)
     elif isinstance(value, bool):
         shown = shorten(value)
     else:
@@ -103,6 +115,8 @@ def _converted(name: str, raw: Any) -> Any:  # noqa: ANN401 - a value of YAML
         convert = duration
     elif name in _SIZES:
         convert = size
+    elif name in _SHARING:
+        convert = _SHARING[name][0]
     else:
         value = [part.strip() for part in raw.split(",") if part.strip()] if _is_list_text(name, raw) else raw
         return _absolute(name, value) if name in _PATHS else value

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 
 from llmstudiod.core.launch import LaunchRequest
 
+QUESTION_MEMORY = "4G"  # for what is asked about a model: a GPU's runtime, and 52 B for each token of its context
+
 SLICE = "llmstudio-models.slice"
 PREFIX = "llmstudio-model-"
 GROUP = "llmstudio-model"  # may connect to the sockets; if nobody made it, DynamicUser= invents one
@@ -195,7 +197,7 @@ def question_argv(request: LaunchRequest, *, unit: str, timeout_s: float) -> lis
         "--collect", "--no-ask-password", "--expand-environment=no", "--description=LLM Studio asks llama-server",
     ]  # fmt: skip
     properties = [*sandbox_properties(request), *_environment({"HOME": "/nonexistent", **request.environment})]
-    for item in [*properties, f"RuntimeMaxSec={timeout_s:g}"]:
+    for item in [*properties, f"RuntimeMaxSec={timeout_s:g}", f"MemoryMax={QUESTION_MEMORY}", "MemorySwapMax=0"]:
         argv += ["-p", item]
     return [*argv, "--", *request.argv]
 

@@ -13,12 +13,14 @@ from typing import Literal
 from aiohttp import web
 
 from llmstudiod.adapters.key_file import is_credential, keys_path, read_keys, write_own_keys
+from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.memory_meter import measure_memory
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import progress_mark
 from llmstudiod.adapters.program import LocalProgram, Program
 from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
+from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.devices import Machine
 from llmstudiod.core.errors import ConfigError, LlmstudioError
@@ -31,6 +33,7 @@ from llmstudiod.core.model_spec import lifecycle_defaults
 from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
+from llmstudiod.core.sharing import strangers
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
 from llmstudiod.http.access import Access, Rules
 from llmstudiod.http.admin import Admin
@@ -70,7 +73,9 @@ class Application:
         self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
         self.launcher, program = _launcher(settings, self._helper)
         self._measure_machine: Callable[[], Machine] | None = None
-        self.planner = Planner(settings, self.launcher, program, measure=self.machine)
+        self.state = StateDb(Path(state.partition(":")[0]) / "state.db" if self._snapshot_dir and state else None)
+        learning = Learning(self.state, self.machine)
+        self.planner = Planner(settings, self.launcher, program, measure=self.machine, learning=learning)
         self.pools = Pools()
         self.supervisor = Supervisor(
             scheduler=Scheduler(max_instances=settings.max_instances),
@@ -143,6 +148,7 @@ class Application:
             await endpoint.shutdown(1.0)
             await runner.cleanup()
             await self.launcher.close()
+            await asyncio.to_thread(self.state.close)
 
     async def adopt(self) -> None:
         """Take over the servers that an earlier daemon left; before the first request, which would start them anew."""
@@ -153,7 +159,7 @@ class Application:
             return
         for found in running:
             if found.unit.model_id in self.supervisor.catalogue.entries:
-                self.supervisor.adopt(found)
+                await self.supervisor.adopt(found)
             else:
                 self._strangers.append(found.unit.model_id)
 
@@ -196,6 +202,8 @@ class Application:
         self.access.rules = self._rules(settings)
         catalogue = catalogue or load_catalogue(settings, found.recipes)
         self.supervisor.use_catalogue(catalogue, lifecycle_defaults(settings), max_instances=settings.max_instances)
+        for group, member in strangers(settings.groups, catalogue.entries):
+            logger.warning("groups: %s: there is no model '%s'", group, member)
         warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
         for fault in (*found.settings.faults, *catalogue.faults, *warnings):
             logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)
@@ -227,8 +235,9 @@ class Application:
 
     def _measure_memory(self, at: float) -> Memory | None:
         """Return what models may use now. Blocks; runs in a thread."""
-        memory = measure_memory(at, models_are_units=self.launcher.outlives_us)
-        return memory and with_gpus(memory, self.planner.gpus())
+        reserved = self.loaded.settings.reserved_memory
+        memory = measure_memory(at, models_are_units=self.launcher.outlives_us, reserved=reserved["ram"])
+        return memory and with_gpus(memory, self.planner.gpus(), reserved)
 
     def _keys(self) -> tuple[Key, ...]:
         """Return the keys in force; a ConfigError where their file is faulty: what it holds must not be lost."""

@@ -5,6 +5,7 @@ import json
 import posixpath
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +73,12 @@ class PrivilegedProgram:
         answer = await self._helper.ask(launch(Verb.CHECK, request))
         complaint: str | None = answer["complaint"]
         return complaint
+
+    async def dry_run(self, request: LaunchRequest) -> list[str]:
+        """Return what the binary prints in the model's sandbox, until it tells its memory."""
+        answer = await self._helper.ask(launch(Verb.DRY_RUN, request))
+        output: str = answer["output"]
+        return output.splitlines()
 
 
 class PrivilegedClient:
@@ -148,11 +155,7 @@ def launch(verb: Verb, request: LaunchRequest) -> Launch:
         model=posixpath.normpath(request.model_path),
         n_ctx_train=request.n_ctx_train,
         memory_max=int(request.limits.get("MemoryMax", 0)),
-        max_model_len=request.decisions.max_model_len,
-        cache_ram=request.decisions.cache_ram,
-        n_gpu_layers=request.decisions.n_gpu_layers,
-        tensor_split=request.decisions.tensor_split,
-        gpus=request.decisions.gpus,
+        **asdict(request.decisions),
     )
 
 

@@ -48,7 +48,7 @@ def _serve_one(connection: socket.socket, units: Units, uids: frozenset[int]) ->
         try:
             answer = _answer(connection, units, uids)
         except LlmstudioError as error:
-            _log(f"refused or failed: {error.message!a}")
+            sys.stderr.write(f"refused or failed: {error.message!a}\n")  # importing logging takes longer than a request
             answer = {"error": error.as_dict()}
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the others' requests down
             sys.excepthook(type(error), error, error.__traceback__)
@@ -70,15 +70,10 @@ def _answer(connection: socket.socket, units: Units, uids: frozenset[int]) -> di
     return units.perform(parse_request(line))
 
 
-def _log(message: str) -> None:
-    """Write to the journal. The logging module takes longer to import than a request takes."""
-    sys.stderr.write(message.rstrip() + "\n")
-
-
 def main() -> int:
     """Serve the socket that systemd hands over; return the exit code."""
     if os.environ.get("LISTEN_FDS") != "1":
-        _log("llmstudio-launcher is started by systemd, through llmstudio-launcher.socket")
+        sys.stderr.write("llmstudio-launcher is started by systemd, through llmstudio-launcher.socket\n")
         return 2
     store = Store(DEFAULT_FILE, Path(os.environ.get("STATE_DIRECTORY", "/var/lib/llmstudio-launcher")))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the threads end what they have begun

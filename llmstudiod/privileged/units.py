@@ -12,10 +12,10 @@ from typing import Any, assert_never
 
 from llmstudiod.core import binary_answers as about
 from llmstudiod.core.bound_file import model_files
-from llmstudiod.core.command import ServerBinary
+from llmstudiod.core.command import DRY_RUN_MARK, ServerBinary, dry_run
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.gpu_nodes import nvidia_minors, with_gpus
-from llmstudiod.core.launch import LaunchRequest, launch_request, question
+from llmstudiod.core.launch import LaunchRequest, launch_request, question, with_fallback
 from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, Write
 from llmstudiod.core.settings import Settings
 from llmstudiod.core.unit import inside_socket_path, question_argv, stop_argv, systemd_run_argv, unit_name
@@ -24,6 +24,7 @@ from llmstudiod.privileged.store import Store, identity
 
 COMMAND_TIMEOUT_S = 45.0
 QUESTION_TIMEOUT_S = 20.0
+PIPES: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 GPU_NODES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd")
 
 
@@ -42,13 +43,13 @@ class Units:
                 wanted = self._request(request, settings)
                 if request.verb is Verb.SHOW:
                     return {"command": systemd_run_argv(wanted)}
+                if request.verb is Verb.DRY_RUN:
+                    return {"output": self._ask(replace(wanted, argv=dry_run(wanted.argv)))[1]}
                 if request.verb is Verb.CHECK:
                     return {"complaint": about.complaint(self._ask(replace(wanted, argv=(*wanted.argv, "--version"))))}
                 start_unit(wanted)
             case Act(verb=Verb.PROBE):
                 return {"binary": self._binary(settings).as_dict()}
-            case Act(verb=Verb.RESET):
-                _run("systemctl", "reset-failed", unit_name(request.id))
             case Act():
                 stop_unit(request.id, is_forced=request.verb is Verb.KILL)
             case Write(verb=Verb.PUT_KEYS):
@@ -72,9 +73,8 @@ class Units:
         gpus = Path("/proc/driver/nvidia/gpus").glob("*/information")
         minors, nodes = nvidia_minors({file.parent.name: file.read_text() for file in gpus}), _gpu_nodes()
         request = with_gpus(request, recipe.gpus, launch.gpus, backends=binary.devices, minors=minors, nodes=nodes)
-        fallback = {"MemoryMax": str(launch.memory_max), "MemorySwapMax": "0"} if launch.memory_max else {}
         bound = checked(request.files, files.chat_template_file, settings.model_dirs)
-        limits, hidden = {**fallback, **request.limits}, (*settings.model_dirs, settings.recipes_dir)
+        hidden, limits = (*settings.model_dirs, settings.recipes_dir), with_fallback(request.limits, launch.memory_max)
         return _with_groups(replace(request, files=bound, hidden=hidden, limits=limits))
 
     def _binary(self, settings: Settings) -> ServerBinary:
@@ -102,8 +102,14 @@ class Units:
         return binary
 
     def _ask(self, wanted: LaunchRequest) -> about.Answer:
-        unit = f"llmstudio-question-{os.getpid()}-{next(self._numbers)}.service"
-        return _run(*question_argv(wanted, unit=unit, timeout_s=QUESTION_TIMEOUT_S))
+        """Return how it ended and what it printed; a dry run is ended before it takes what it has counted."""
+        unit, output = f"llmstudio-question-{os.getpid()}-{next(self._numbers)}.service", ""
+        with subprocess.Popen(question_argv(wanted, unit=unit, timeout_s=QUESTION_TIMEOUT_S), **PIPES) as process:
+            for line in process.stdout or ():
+                output += line.decode(errors="replace")
+                if DRY_RUN_MARK.encode() in line:
+                    _run("systemctl", "kill", "--signal=SIGKILL", unit)
+        return process.returncode, output
 
 
 def start_unit(request: LaunchRequest) -> None:
@@ -129,9 +135,8 @@ def stop_unit(model_id: str, *, is_forced: bool) -> None:
 
 def _run(*argv: str) -> about.Answer:
     """Run a command of systemd's; return its exit code and what it printed."""
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(argv, check=False, timeout=COMMAND_TIMEOUT_S, **pipes)
+        done = subprocess.run(argv, check=False, timeout=COMMAND_TIMEOUT_S, **PIPES)
     except subprocess.TimeoutExpired:
         return 124, f"{argv[0]} did not answer within {COMMAND_TIMEOUT_S:.0f} s"
     return done.returncode, done.stdout.decode(errors="replace")

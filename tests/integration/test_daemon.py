@@ -132,8 +132,8 @@ def test_model_that_does_not_fit_is_refused_with_the_sum(daemon: RunningDaemon, 
     error = caught.value.body
     assert isinstance(error, dict)
     assert (caught.value.status_code, error["kind"]) == (503, "does_not_fit")
-    assert "cannot load 'wide': it needs 5" in error["message"]
-    assert "GiB for 67,108,864 tokens" in error["message"]
+    assert "cannot load 'wide': it needs 1" in error["message"]
+    assert "GiB for 16,777,216 tokens" in error["message"]
     assert "of RAM are free" in error["message"]
     length = int(error["hint"].removeprefix("it would fit with max_model_len "))
     assert 256 <= length < 1 << 24

@@ -21,6 +21,7 @@ from llmstudiod.core.events import (
     Event,
     Grant,
     LoadProgressed,
+    LoadToo,
     MeasureMemory,
     PlanVetted,
     Publish,
@@ -104,7 +105,7 @@ class World:
     specs: dict[str, ModelSpec] = field(default_factory=dict)
     scheduler: Scheduler = field(init=False)
     _is_shutting_down: bool = False
-    _vetted: list[PlanVetted] = field(default_factory=list)
+    _vetted: list[Event] = field(default_factory=list)
     _being_vetted: set[str] = field(default_factory=set)
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
@@ -279,7 +280,7 @@ class World:
         self._due = [item for item in self._due if not concerns(item[2])]
         heapq.heapify(self._due)
 
-    def _perform(self, action: Action) -> None:
+    def _perform(self, action: Action) -> None:  # noqa: C901 - one arm for each kind of action
         match action:
             case VetPlan():
                 script = self.script(action.model)
@@ -308,6 +309,9 @@ class World:
                 self._answer(action.ticket, None)
             case SetTimer():
                 self._at(TimerFired(max(self.now, action.at), action.model, action.run, action.timer))
+            case LoadToo():
+                number = self._new_ticket(Ticket(action.model, is_request=False))
+                self._vetted.append(RequestArrived(self.now, number, action.model, is_load=True, is_along=True))
             case Publish():
                 pass
             case MeasureMemory():

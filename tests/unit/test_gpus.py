@@ -9,11 +9,11 @@ from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.program import LocalProgram
 from llmstudiod.core.devices import Device, HostMemory, Machine
 from llmstudiod.core.errors import LoadFailedError
-from llmstudiod.core.gpus import RESERVED_GPU_BYTES, plannable, positions, with_gpus
+from llmstudiod.core.gpus import plannable, positions, with_gpus
 from llmstudiod.core.launch import Decisions, decided
 from llmstudiod.core.launcher_protocol import Verb
 from llmstudiod.core.ledger import Memory
-from llmstudiod.core.placement import Placement, Room, place
+from llmstudiod.core.placement import Room, place
 from llmstudiod.core.recipe import Recipe
 from llmstudiod.core.settings import Settings
 from llmstudiod.launchers.privileged import launch
@@ -82,11 +82,16 @@ def test_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_some_of_each_gpu_is_left_to_others() -> None:
-    """Of what there is, and of what is free."""
-    memory = with_gpus(Memory(1.0, Room(10), Room(5)), [gpu(0, 24, free=3 * GIB), gpu(3, 8, free=0)])
-    assert memory.capacity == Room(10, (24 * GIB - RESERVED_GPU_BYTES, 8 * GIB - RESERVED_GPU_BYTES))
-    assert memory.free == Room(5, (3 * GIB - RESERVED_GPU_BYTES, 0))
-    assert (memory.names, memory.uuids) == (("GPU 0", "GPU 3"), ("GPU-0", "GPU-3"))
+    """Of what there is, and of what is free; a GPU's own number counts, by its index or UUID."""
+    reserved = {"gpu": GIB, "ram": 0, "GPU-5": 2 * GIB, "5": 7 * GIB, "6": 3 * GIB}
+    devices = [gpu(0, 24, free=3 * GIB), gpu(3, 8, free=0), gpu(5, 8), gpu(6, 8)]
+    memory = with_gpus(Memory(1.0, Room(10), Room(5)), devices, reserved)
+    assert memory.capacity == Room(10, (23 * GIB, 7 * GIB, 6 * GIB, 5 * GIB))
+    assert memory.free.devices[:2] == (2 * GIB, 0)
+    assert (memory.names, memory.uuids) == (
+        ("GPU 0", "GPU 3", "GPU 5", "GPU 6"),
+        ("GPU-0", "GPU-3", "GPU-5", "GPU-6"),
+    )
 
 
 PLACED = Decisions(n_gpu_layers=33, tensor_split=(20, 13), gpus=("GPU-0", "GPU-1"))
@@ -101,7 +106,11 @@ PLACED = Decisions(n_gpu_layers=33, tensor_split=(20, 13), gpus=("GPU-0", "GPU-1
         ({}, Decisions(n_gpu_layers=0), {"n_gpu_layers": 0, "gpus": "none"}),
         ({"n_gpu_layers": "all", "split_mode": "row", "tensor_split": (1.0, 1.0)}, PLACED,
          {"n_gpu_layers": "all", "split_mode": "row", "tensor_split": (1.0, 1.0), "gpus": PLACED.gpus}),
-        ({}, Decisions(), {"n_gpu_layers": "auto", "gpus": None}),
+        ({}, Decisions(), {"n_gpu_layers": "auto", "gpus": None, "max_num_seqs": None}),
+        ({}, Decisions(max_num_seqs=2), {"max_num_seqs": 2}),
+        ({"max_num_seqs": 3}, Decisions(max_num_seqs=2), {"max_num_seqs": 3}),
+        ({"main_gpu": 1}, Decisions(n_gpu_layers=5, gpus=("GPU-1",)), {"main_gpu": 0}),
+        ({"main_gpu": 1}, PLACED, {"main_gpu": 1}),
     ],
 )  # fmt: skip
 def test_place_becomes_a_recipe(
@@ -149,7 +158,9 @@ async def test_model_that_fits_on_no_gpu_sees_none(tmp_path: Path) -> None:
     wish = (await planner.plan(entry(path))).wish
     assert wish is not None
     placement = place(wish, Room(60 * GIB, (0, 0)))
-    assert placement == Placement((), replace(wish.run, n_gpu_layers=0), placement.estimate if placement else None)  # type: ignore[arg-type]
+    assert placement is not None
+    assert (placement.gpus, placement.run.n_gpu_layers) == ((), 0)
+    assert placement.notes == ("0 of 17 layers on the GPU: more does not fit",)
     request = (await planner.plan(entry(path), placement)).request
     assert request.argv[request.argv.index("--device") + 1] == "none"
     assert request.environment["CUDA_VISIBLE_DEVICES"] == ""

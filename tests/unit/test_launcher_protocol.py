@@ -29,10 +29,10 @@ LAUNCH = {
 REQUESTS: list[Request] = [
     Launch(Verb.START, "m", HASH, "/etc/llmstudio/recipes.d/m.yaml", "/models/m.gguf", 4096, 1 << 30, ("GPU-1a-2b",)),
     Launch(Verb.SHOW, "qwen3-32b.q4_k", HASH, None, "/models/x y.gguf"),
-    Launch(Verb.CHECK, "m", HASH, None, "/m.gguf"),
+    Launch(Verb.CHECK, "m", HASH, None, "/m.gguf", max_num_seqs=2, tensor_split=(3, 1)),
+    Launch(Verb.DRY_RUN, "m", HASH, None, "/m.gguf"),
     Act(Verb.STOP, "m"),
     Act(Verb.KILL, "m"),
-    Act(Verb.RESET, "m"),
     Act(Verb.PROBE),
     Write(Verb.PUT_RECIPE, "m.yaml", "id: m\nmodel_path: /m.gguf\n"),
     Write(Verb.DELETE_RECIPE, "m.json"),

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.memory_meter import total_ram_bytes
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.program import LocalProgram
+from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.core.errors import BinaryError, LoadFailedError
 from llmstudiod.core.launch import Decisions, LaunchRequest, decided
 from llmstudiod.core.launcher_protocol import Verb
 from llmstudiod.core.needs import default_cache_ram_mib
-from llmstudiod.core.placement import Placement, needs
+from llmstudiod.core.placement import Placement, Room, needs, place
 from llmstudiod.core.recipe import Limits, LoraAdapter, Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.demo.tiny_gguf import Fault, TinyModel, write_tiny_gguf
@@ -366,3 +368,119 @@ async def test_long_socket_path_is_refused(program: Path, models: Path) -> None:
     planner = new_planner(Settings(llama_server=str(program)), NoLauncher("/run/" + "x" * 110))
     error = await refusal(planner, entry(models / "tiny.gguf"))
     assert "a Unix socket holds 107" in error.message
+
+
+BREAKDOWN = '{"type":"fit_memory_breakdown","data":{"unit":"MiB","rows":[{"name":"Host","context":7,"compute":900}]}}'
+ERROR = '{"type":"log","level":"error","msg":"llama_model_load: error loading model: %s\\\\n"}'
+
+
+def dry_program(*lines: str, then: str = "sleep 60") -> str:
+    """A llama-server that prints these lines in a dry run."""
+    printed = "; ".join(f"echo '{line}'" for line in lines)
+    return f"""
+        case "$*" in
+            *"--log-jsonl"*) {printed}; {then} ;;
+            "--completion-bash") echo 'opts="-m -fit --log-jsonl"' ;;
+            *) echo "version: 1" ;;
+        esac
+    """
+
+
+DRY = dry_program("warming up", '{"type":"log","level":"info","msg":"load\\\\n"}', BREAKDOWN)
+
+
+def dry_planner(tmp_path: Path, models: Path, body: str = DRY, state: StateDb | None = None) -> Planner:
+    """A planner of a program that can tell what memory it would take."""
+    settings = Settings(llama_server=str(write_program(tmp_path / "dry-server", body)), model_dirs=(str(models),))
+    return Planner(settings, NoLauncher(), LocalProgram(settings, {}), learning=Learning(state or StateDb(None), None))
+
+
+def dry_runs(tmp_path: Path) -> list[str]:
+    """The command lines of the dry runs."""
+    return [line for line in calls(tmp_path / "dry-server") if "--log-jsonl" in line]
+
+
+async def test_llama_server_tells_its_need_before_it_takes_it(tmp_path: Path, models: Path) -> None:
+    """Once for a file, settings and build; it is the very command line, and is ended when it has told."""
+    path = tmp_path / "state.db"
+    wanted = entry(models / "tiny.gguf", max_model_len=512, threads=2)
+    planner = dry_planner(tmp_path, models, state=StateDb(path))
+    estimated, is_proven = await planner.vet(wanted, is_thorough=False)
+    assert estimated is not None
+    assert (is_proven, estimated.correction.source, dry_runs(tmp_path)) == (False, "", [])
+    wish, is_proven = await planner.vet(wanted, is_thorough=True)
+    assert wish is not None
+    assert is_proven
+    assert needs(wish, wish.run).host.compute > 900 << 20 > needs(estimated, estimated.run).host.compute
+    (line,) = dry_runs(tmp_path)
+    assert "-c 2048 -np 4" in line
+    assert "-fit on" in line
+    for _ in range(2):
+        again, is_proven = await planner.vet(wanted, is_thorough=False)
+        assert (again, is_proven) == (wish, True)
+    later = dry_planner(tmp_path, models, state=StateDb(path))
+    assert await later.vet(wanted, is_thorough=True) == (wish, True)
+    assert len(dry_runs(tmp_path)) == 1
+    renamed = dataclasses.replace(wanted, recipe=dataclasses.replace(wanted.recipe, pinned=True, name="x"))
+    assert (await later.vet(renamed, is_thorough=False))[1]
+    for changed in ({"max_model_len": 256}, {"cache_type_k": "q8_0"}):
+        other = dataclasses.replace(wanted, recipe=dataclasses.replace(wanted.recipe, **changed))
+        assert not (await later.vet(other, is_thorough=False))[1]
+    os.utime(models / "tiny.gguf", ns=(1, 1))
+    assert not (await later.vet(wanted, is_thorough=False))[1]
+
+
+async def test_program_that_cannot_tell_is_not_asked(planner: Planner, models: Path) -> None:
+    """The estimate counts."""
+    wanted = entry(models / "tiny.gguf", gpus="none")
+    wish, is_proven = await planner.vet(wanted, is_thorough=False)
+    assert wish is not None
+    assert is_proven
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("unknown model architecture: 'llamazz'", "unsupported_arch"),
+        ("tensor 'x' data is not within", "bad_model_file"),
+    ],
+)
+async def test_model_that_cannot_be_loaded_costs_nobody_a_place(
+    tmp_path: Path, models: Path, said: str, kind: str
+) -> None:
+    """The dry run says why."""
+    planner = dry_planner(tmp_path, models, dry_program(ERROR % said.replace("'", r"\\u0027"), then="exit 1"))
+    with pytest.raises(LoadFailedError) as caught:
+        await planner.vet(entry(models / "tiny.gguf"), is_thorough=True)
+    assert caught.value.details["failure"] == kind
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [dry_program("killed", then="exit 137"), dry_program(ERROR % "mmap failed: Cannot allocate memory", then="exit 1")],
+)
+async def test_dry_run_that_says_nothing_for_sure_changes_nothing(tmp_path: Path, models: Path, body: str) -> None:
+    """It may go better the next time, so the estimate counts."""
+    planner = dry_planner(tmp_path, models, body)
+    wish, is_proven = await planner.vet(entry(models / "tiny.gguf"), is_thorough=True)
+    assert wish is not None
+    assert (is_proven, wish.correction.source) == (True, "")
+
+
+async def test_last_run_counts_instead_of_the_estimate(tmp_path: Path, models: Path) -> None:
+    """What its log said; a run in which nothing can be read teaches nothing."""
+    planner = dry_planner(tmp_path, models)
+    wanted = entry(models / "tiny.gguf", max_model_len=512)
+    wish = (await planner.plan(wanted)).wish
+    assert wish is not None
+    placement = place(wish, Room(8 << 30))
+    assert placement is not None
+    plan = await planner.plan(wanted, placement)
+    planner.learn(plan, ["nothing"], os.getpid())
+    assert not (await planner.vet(wanted, is_thorough=False))[1]
+    planner.learn(plan, ["sched_reserve:  CPU compute buffer size =   700.00 MiB"], 1 << 30)
+    learned, is_proven = await planner.vet(wanted, is_thorough=False)
+    assert learned is not None
+    assert (is_proven, learned.correction.is_of_a_run) == (True, True)
+    assert needs(learned, learned.run).host.compute == pytest.approx(700 << 20, rel=0.01)

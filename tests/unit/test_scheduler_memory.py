@@ -16,6 +16,7 @@ from llmstudiod.core.events import (
     PlanVetted,
     StartUnit,
     UnitFailed,
+    UnitFound,
     UnitGone,
     VetPlan,
 )
@@ -23,7 +24,7 @@ from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.memory import MIB, Run
 from llmstudiod.core.model_shape import Layer, ModelShape
-from llmstudiod.core.placement import Placement, Room, Wish
+from llmstudiod.core.placement import Placement, Room, Wish, place
 from tests.unit.scheduler_world import LOAD_S, OOM, Place, World, spec
 
 GIB = 1 << 30
@@ -50,6 +51,9 @@ class MemoryWorld(World):
     lingering: list[tuple[float, Room]] = field(default_factory=list)
     lag_s: float = 1.0
     measurements: int = 0
+    can_dry_run: bool = False
+    dry_runs: list[str] = field(default_factory=list)
+    real: dict[str, float] = field(default_factory=dict)  # how much more than its estimate a model takes
 
     def __post_init__(self) -> None:
         """Have memory planned."""
@@ -77,17 +81,23 @@ class MemoryWorld(World):
                 self.measurements += 1
                 names = tuple(f"GPU {n}" for n in range(len(self.capacity.devices)))
                 memory = Memory(self.now, self.capacity, self.free(), names)
-                self._vetted.append(MemoryMeasured(self.now, action.number, memory))  # type: ignore[arg-type]
+                self._vetted.append(MemoryMeasured(self.now, action.number, memory))
             case VetPlan():
                 failure = self.script(action.model).vet_failure
-                found = PlanVetted(self.now, action.model, action.recipe_hash, failure, self.wishes.get(action.model))
-                self._vetted.append(found)
+                self.dry_runs += [action.model] * action.is_thorough
+                is_proven = action.is_thorough or not self.can_dry_run
+                wish = self.wishes.get(action.model)
+                self._vetted.append(PlanVetted(self.now, action.model, action.recipe_hash, failure, wish, is_proven))
             case StartUnit():
                 assert action.placement is not None
                 self.placements[action.model, action.run] = action.placement
                 World._perform(self, action)
                 free = self.free()
                 assert min(free.host, *free.devices) >= 0, f"{action.model} overflows: {free}"
+                more = self.real.get(action.model, 1.0) - 1.0
+                held = action.placement.held(len(free.devices)).devices
+                if any(size * more > left for size, left in zip(held, free.devices, strict=True)):
+                    self._at(UnitFailed(self.now + 0.1, action.model, action.run, OOM))
             case _:
                 World._perform(self, action)
 
@@ -233,7 +243,203 @@ def test_crash_frees_memory_for_the_next(**_: object) -> None:
     assert ready(world) == ["b"]
 
 
+def test_idle_one_goes_rather_than_layers() -> None:
+    """Whoever could have all its layers on GPUs gets them: a model that lies on the CPU stays slow for as long."""
+    world = world_of(wish("a", 14), wish("b", 14, n_gpu_layers=None, is_context_open=True, are_slots_open=True))
+    serve(world, "a", "b")
+    assert [stop.model for stop in world.stops] == ["a"]
+    assert world.placements["b", world.starts[-1].run].run.n_gpu_layers == 9
+
+
+def test_pinned_one_leaves_what_it_leaves() -> None:
+    """Beside it a model takes the layers that fit, since it could never have more."""
+    world = world_of(wish("a", 14), wish("b", 14, n_gpu_layers=None), a={"is_pinned": True})
+    serve(world, "a", "b")
+    assert world.stops == []
+    assert 0 < world.placements["b", world.starts[-1].run].run.n_gpu_layers < 9
+
+
+def test_llama_server_is_asked_where_it_matters() -> None:
+    """Where little would be left, where somebody had to go, or where it would be refused; once each time."""
+    world = world_of(wish("a", 10), wish("b", 13), wish("c", 10), wish("d", 30))
+    world.can_dry_run = True
+    serve(world, "a")
+    assert world.dry_runs == []
+    serve(world, "b")  # 1 GiB would be left
+    assert world.dry_runs == ["b"]
+    serve(world, "c")
+    assert (world.dry_runs, [stop.model for stop in world.stops]) == (["b", "c"], ["a"])
+    world.error(world.ask("d"))
+    assert world.dry_runs == ["b", "c", "d"]
+
+
+def test_what_a_dry_run_tells_counts_before_anybody_goes() -> None:
+    """It needs less than was thought, so nobody has to go for it."""
+    world = world_of(wish("a", 14), wish("b", 12))
+    world.can_dry_run = True
+    serve(world, "a")
+    ask = world.scheduler.handle
+
+    def told(event: Event) -> list[Action]:
+        if isinstance(event, PlanVetted) and event.is_proven:
+            event = replace(event, wish=wish("b", 8))
+        return ask(event)
+
+    world.scheduler.handle = told  # type: ignore[method-assign]
+    serve(world, "b")
+    assert world.stops == []
+    assert ready(world) == ["a", "b"]
+
+
+def test_gpu_that_was_too_small_is_tried_once_more_with_the_idle_ones_gone() -> None:
+    """It took more than was promised to it; only those on its GPU go, and its waiters never hear of it."""
+    world = world_of(wish("a", 8), wish("b", 8), wish("c", 6), devices=(24, 12), b={"priority": 1})
+    world.real["b"] = 2.5
+    serve(world, "c", "a")
+    assert [world.placements[start.model, start.run].gpus for start in world.starts] == [(1,), (0,)]
+    number = world.ask("b")
+    world.advance(LOAD_S + 10)
+    assert world.place(number) is Place.IN_FLIGHT
+    assert [stop.model for stop in world.stops] == ["a"]
+    assert ready(world) == ["b", "c"]
+    causes = [step.cause for step in world.view("b").story]
+    assert causes.count(OOM.message) == 1
+    assert world.view("b").failures == 0
+
+
+def test_second_time_it_is_refused() -> None:
+    """With what llama-server said; and the next request has a second try again."""
+    world = world_of(wish("a", 8), wish("b", 8))
+    world.real["b"] = 4.0
+    serve(world, "a")
+    number = world.ask("b")
+    world.advance(10)
+    assert "the GPU's memory is too small" in world.error(number).message
+    assert sum(start.model == "b" for start in world.starts) == 2
+    assert world.view("b").failures == 1
+    world.advance(100)
+    world.ask("b")
+    world.advance(10)
+    assert sum(start.model == "b" for start in world.starts) == 4
+
+
+def test_second_try_waits_until_memory_is_back() -> None:
+    """What the idle ones had comes back a second after they have gone; before that it would fail again."""
+    world = world_of(wish("a", 7), wish("b", 8))
+    world.real["b"] = 2.8
+    serve(world, "a")
+    number = world.ask("b")
+    world.advance(1.5)
+    assert world.view("b").state is State.FAILED
+    world.advance(LOAD_S + 2)
+    assert world.place(number) is Place.IN_FLIGHT
+
+
+def test_only_busy_ones_that_help_are_asked_to_go() -> None:
+    """A place on the other GPU is no use to it."""
+    world = world_of(
+        wish("a", 10, gpus=(0,)), wish("b", 10, gpus=(1,)), wish("c", 10, gpus=(1,)), devices=(12, 12)
+    )  # fmt: skip
+    first, second = world.ask("a"), world.ask("b")
+    world.advance(LOAD_S + 1)
+    waiting = world.ask("c")
+    world.advance(5)
+    assert (world.state("a"), world.state("b")) == (State.READY, State.DRAINING)
+    world.end(second)
+    world.advance(LOAD_S + 3)
+    assert [world.place(first), world.place(waiting)] == [Place.IN_FLIGHT] * 2
+
+
+def test_found_model_holds_what_it_was_given() -> None:
+    """A daemon that comes back knows where it lies, though its mapped pages look free."""
+    world = world_of(wish("a", 14), wish("b", 14))
+    placement = place(wish("a", 14), Room(64 * GIB, (24 * GIB,)))
+    assert placement is not None
+    world.placements["a", 1] = placement
+    world.feed(UnitFound(world.now, "a", world.specs["a"].recipe_hash, placement))
+    world.advance(LOAD_S + 1)
+    serve(world, "b")
+    assert [stop.model for stop in world.stops] == ["a"]
+
+
+def test_never_together() -> None:
+    """One goes for the other, though both would fit; a pinned one is in the way for good."""
+    never = {"a": {"excludes": frozenset({"b"})}, "b": {"excludes": frozenset({"a"})}}
+    world = world_of(wish("a", 4), wish("b", 4), wish("c", 4), **never)  # type: ignore[arg-type]
+    serve(world, "c", "a", "b")
+    assert ready(world) == ["b", "c"]
+    serve(world, "a")
+    assert ready(world) == ["a", "c"]
+    first, second = world.ask("a"), world.ask("b")
+    world.advance(20)
+    assert world.place(second) is Place.WAITING
+    world.end(first)
+    world.advance(LOAD_S + 3)
+    assert world.place(second) is Place.IN_FLIGHT
+    pinned = world_of(wish("a", 4), wish("b", 4), a={**never["a"], "is_pinned": True}, b=never["b"])
+    serve(pinned, "a")
+    error = pinned.error(pinned.ask("b"))
+    assert error.message == "cannot load 'b': it may never be loaded beside 'a', which is pinned"
+
+
+def test_always_together() -> None:
+    """Asking for one loads the other; they go at once, and neither while the other is in use."""
+    always = {"a": {"companions": frozenset({"b"})}, "b": {"companions": frozenset({"a"})}}
+    world = world_of(wish("a", 4), wish("b", 4), wish("c", 18), wish("d", 14), **always)  # type: ignore[arg-type]
+    serve(world, "a")
+    assert ready(world) == ["a", "b"]
+    busy = world.ask("b")
+    waiting = world.ask("c")
+    world.advance(1.0)
+    assert ready(world) == ["a", "b"]
+    world.end(busy)
+    world.advance(LOAD_S + 5)
+    assert world.place(waiting) is Place.IN_FLIGHT
+    assert ready(world) == ["c"]
+    world.end(waiting)
+    serve(world, "a")
+    assert ready(world) == ["a", "b"]
+    serve(world, "d")
+    assert ready(world) == ["a", "b", "d"]
+
+
+def test_always_together_where_both_do_not_fit() -> None:
+    """Whoever is asked for comes, and the other one does not throw it out in turn."""
+    always = {"a": {"companions": frozenset("b")}, "b": {"companions": frozenset("a")}}
+    world = world_of(wish("a", 14), wish("b", 14), **always)  # type: ignore[arg-type]
+    serve(world, "a")
+    assert ready(world) == ["a"]
+    serve(world, "b")
+    assert ready(world) == ["b"]
+    world.advance(100)
+    assert len(world.starts) == 2
+
+
+def test_always_together_is_unloaded_together() -> None:
+    """The one that was used last keeps the other."""
+    idle = {"idle_timeout_s": 30.0}
+    world = world_of(
+        wish("a", 4), wish("b", 4), a={"companions": frozenset("b"), **idle}, b={"companions": frozenset("a"), **idle}
+    )  # fmt: skip
+    serve(world, "a")
+    world.advance(20)
+    serve(world, "b")
+    world.advance(15)
+    assert ready(world) == ["a", "b"]
+    world.advance(30)
+    assert ready(world) == []
+
+
 MODELS = ("a", "b", "c", "d")
+GROUPS: list[dict[str, dict[str, frozenset[str]]]] = [
+    {},
+    {"a": {"excludes": frozenset("b")}, "b": {"excludes": frozenset("a")}},
+    {"a": {"companions": frozenset("b")}, "b": {"companions": frozenset("a")}},
+    {
+        "a": {"companions": frozenset("b"), "excludes": frozenset("c")}, "b": {"companions": frozenset("a")},
+        "c": {"excludes": frozenset("a")},
+    },
+]  # fmt: skip
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("ask"), st.sampled_from(MODELS)),
@@ -242,6 +448,7 @@ STEPS = st.lists(
         st.tuples(st.just("crash"), st.sampled_from(MODELS)),
         st.tuples(st.just("unload"), st.sampled_from(MODELS)),
         st.tuples(st.just("others"), st.integers(0, 6)),
+        st.tuples(st.just("real"), st.sampled_from(MODELS), st.sampled_from([1.0, 1.2, 2.0])),
     ),
     max_size=40,
 )
@@ -253,14 +460,24 @@ STEPS = st.lists(
     sizes=st.tuples(*[st.floats(1, 20)] * 4),
     devices=st.lists(st.sampled_from([6.0, 12.0, 24.0]), min_size=1, max_size=3),
     pinned=st.sets(st.sampled_from(MODELS), max_size=1),
+    groups=st.sampled_from(GROUPS),
+    can_dry_run=st.booleans(),
 )
 def test_nothing_overflows_and_nobody_waits_for_ever(
-    steps: list[tuple[str, Any]], sizes: tuple[float, ...], devices: list[float], pinned: set[str]
+    steps: list[tuple[Any, ...]],
+    sizes: tuple[float, ...],
+    devices: list[float],
+    pinned: set[str],
+    groups: dict[str, dict[str, frozenset[str]]],
+    *,
+    can_dry_run: bool,
 ) -> None:
     """In any course of things; the world checks each start, and that no busy one is cut short for another."""
     wishes = [wish(model, size, n_gpu_layers=None) for model, size in zip(MODELS, sizes, strict=True)]
-    world = world_of(*wishes, devices=tuple(devices), **{model: {"is_pinned": True} for model in pinned})
-    for what, value in steps:
+    changes = {model: {**groups.get(model, {}), "is_pinned": model in pinned} for model in MODELS}
+    world = world_of(*wishes, devices=tuple(devices), **changes)
+    world.can_dry_run = can_dry_run
+    for what, value, *more in steps:
         if what == "ask":
             world.ask(value)
         elif what == "end" and (
@@ -273,9 +490,13 @@ def test_nothing_overflows_and_nobody_waits_for_ever(
             world.crash(value)
         elif what == "unload":
             world.unload(value)
+        elif what == "real":
+            world.real[value] = more[0]
         elif what == "others" and all(size >= 0 for size in world.free().devices):
             room = min(value * GIB, *world.free().devices, world.others.devices[0] + world.free().devices[0])
             world.others = Room(0, (max(0, room), *world.others.devices[1:]))
             world.advance(2.5)  # nobody can know what another program takes the moment after a measurement
+        for model in MODELS:
+            assert not world.specs[model].excludes & world.alive.keys() or model not in world.alive
     world.settle()
     assert world.waiting() == []

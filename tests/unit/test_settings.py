@@ -57,6 +57,16 @@ def test_no_file_means_defaults(file: Path) -> None:
         ("auto_recipes: no", {"auto_recipes": False}),
         ("launcher: subprocess", {"launcher": "subprocess"}),
         ("log_level: debug", {"log_level": "debug"}),
+        ("reserved_memory: 1GiB", {"reserved_memory": {"gpu": 1 << 30, "ram": 1 << 30}}),
+        ("reserved_memory: 0", {"reserved_memory": {"gpu": 0, "ram": 1 << 30}}),
+        (
+            "reserved_memory: {ram: 2GiB, 1: 3GiB, GPU-ab-1: 0}",
+            {"reserved_memory": {"gpu": 512 << 20, "ram": 2 << 30, "1": 3 << 30, "GPU-ab-1": 0}},
+        ),
+        (
+            "groups: {x: {members: [a, b.c], together: never}}",
+            {"groups": {"x": {"together": "never", "members": ["a", "b.c"]}}},
+        ),
     ],
 )
 def test_value_is_read_as_people_write_it(line: str, expected: dict[str, Any], file: Path) -> None:
@@ -77,6 +87,14 @@ def test_value_is_read_as_people_write_it(line: str, expected: dict[str, Any], f
         ("model_dirs: /a,models", "model_dirs", "expected an absolute path, found 'models'", "/srv/models"),
         ("drain_timeout: 9999999d", "drain_timeout", "expected a duration of at most 3650d, found '9999999d'", "60s is used"),
         ("load_stall_timeout: 0", "load_stall_timeout", "expected a duration of 1s or more, found the number 0", "120s is used"),
+        ("reserved_memory: lots", "reserved_memory", "gpu: expected a size such as 512MiB or 2G, found 'lots'", "gpu: 512.0 MiB, ram: 1.0 GiB is used"),
+        ("reserved_memory: {vram: 1G}", "reserved_memory", "expected a size for each GPU, or sizes by `ram`, `gpu`, a GPU's index or its UUID, found 'vram'", "is used"),
+        ("groups: [a, b]", "groups", "expected groups by their names, each with `members: [ids of models]`", "no group is used"),
+        ("groups: {x: [a, b]}", "groups", "x: expected `members: [ids of models]` and `together: never` or `together: always`, found ['a', 'b']", "is used"),
+        ("groups: {x: {members: [a, b], together: maybe}}", "groups", "x: together: expected never or always, found 'maybe'", "is used"),
+        ("groups: {x: {members: [a], together: never}}", "groups", "x: members: expected a list of two or more ids of models, found", "is used"),
+        ("groups: {x: {members: [a, B!], together: never}}", "groups", "x: members: expected a list of two or more ids", "is used"),
+        ("groups: {x: {members: [a, b], together: never}, y: {members: [b, a], together: always}}", "groups", "are in a group that says never and in one that says always", "is used"),
         ("max_body: lots", "max_body", "expected a size such as 512MiB or 2G, found 'lots'", "64.0 MiB is used"),
         ("max_body: 10", "max_body", "expected a size from 1KiB to 4GiB, found the number 10", "64.0 MiB is used"),
         ("max_queue: -1", "max_queue", "expected a whole number from 0 to 100000, found the number -1", "64 is used"),
@@ -125,7 +143,7 @@ def test_dead_link_is_told(file: Path) -> None:
 
 def test_setting_of_a_later_version_is_a_warning(file: Path) -> None:
     """What the documents promise for later is not taken for a slip of the pen."""
-    (fault,) = load(file, "reserved_memory: 1GiB").faults
+    (fault,) = load(file, "usage_keep: 30d").faults
     assert (fault.severity, fault.message) == (Severity.WARNING, "has no effect in this version")
 
 

@@ -1,0 +1,87 @@
+"""What the scheduler tells whoever it turns away."""
+
+from llmstudiod.core.errors import (
+    BackingOffError,
+    LlmstudioError,
+    LoadFailedError,
+    ModelNotFoundError,
+    QueueFullError,
+    ShuttingDownError,
+    UnavailableError,
+    UpstreamCrashedError,
+)
+from llmstudiod.core.events import RequestArrived
+from llmstudiod.core.lifecycle import Failure, Instance, State
+
+
+def at_once(instance: Instance | None, event: RequestArrived, *, is_shutting_down: bool) -> LlmstudioError | None:
+    """Return what is known against a request before any answer was begun; None: it may wait."""
+    if instance is None or instance.is_removed:
+        return no_model(event.model)
+    if is_shutting_down:
+        return shutting_down()
+    if event.is_load:
+        return None
+    if instance.state is State.FAILED and event.at < instance.retry_at:
+        return backing_off(instance, event.at)
+    is_granted_now = instance.state is State.READY and instance.has_room_for(event.cost_tokens)
+    if len(instance.waiters) >= instance.spec.max_queue and (instance.waiters or not is_granted_now):
+        return queue_full(instance)
+    return None
+
+
+def no_model(model: str) -> LlmstudioError:
+    """There is none of this name."""
+    return ModelNotFoundError(f"there is no model '{model}'", hint="see `llmstudioctl list`")
+
+
+def removed(model: str) -> LlmstudioError:
+    """Its recipe was removed while somebody waited."""
+    return ModelNotFoundError(f"the recipe of '{model}' was removed")
+
+
+def shutting_down() -> LlmstudioError:
+    """The daemon stops."""
+    return ShuttingDownError("the daemon is stopping", hint="try again in a moment")
+
+
+def unloaded(model: str) -> LlmstudioError:
+    """An operator does not want it to run."""
+    return ShuttingDownError(f"'{model}' was unloaded on request", hint="ask again to load it anew")
+
+
+def queue_full(instance: Instance) -> LlmstudioError:
+    """As many wait as may wait."""
+    return QueueFullError(
+        f"{len(instance.waiters)} requests already wait for '{instance.spec.id}'",
+        hint="try again later, or raise max_queue",
+        details={"retry_after_s": 1},
+    )
+
+
+def backing_off(instance: Instance, at: float) -> LlmstudioError:
+    """Its last start has failed a moment ago."""
+    wait_s = instance.retry_at - at
+    failure = instance.failure
+    reason = failure.message if failure else "its last start failed"
+    return BackingOffError(
+        f"'{instance.spec.id}' is not started again for {max(1, round(wait_s))} s: {reason}",
+        hint=(failure.hint if failure else None) or f"`llmstudioctl load {instance.spec.id}` tries at once",
+        details={"retry_after_s": wait_s + 0.5, "failure": failure.kind if failure else None},
+    )
+
+
+def failed(model: str, failure: Failure, *, was_serving: bool) -> LlmstudioError:
+    """It could not be loaded, or it ended."""
+    details = {"failure": failure.kind, "lines": list(failure.lines)}
+    if was_serving:
+        return UpstreamCrashedError(f"'{model}' ended: {failure.message}", hint=failure.hint, details=details)
+    return LoadFailedError(f"cannot load '{model}': {failure.message}", hint=failure.hint, details=details)
+
+
+def all_pinned(model: str, max_instances: int) -> LlmstudioError:
+    """Every place is taken for good."""
+    return UnavailableError(
+        f"cannot load '{model}': max_instances is {max_instances}, and all that run are pinned",
+        hint="unpin one (pinned: false), or raise max_instances",
+    )

@@ -1,0 +1,166 @@
+"""``state.db``: whatever happens to it costs only what it held."""
+
+import logging
+import os
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from llmstudiod.adapters import state_db
+from llmstudiod.adapters.state_db import StateDb
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file belongs."""
+    return tmp_path / "state.db"
+
+
+def test_value_outlives_the_daemon(path: Path) -> None:
+    """By table and key; a later one takes its place."""
+    first = StateDb(path)
+    first.put("learned", "a", {"kv": 1.5})
+    first.put("learned", "a", {"kv": 2.5})
+    first.put("holdings", "a", {"x": [1]})
+    first.close()
+    second = StateDb(path)
+    assert second.get("learned", "a") == {"kv": 2.5}
+    assert second.get("holdings", "a") == {"x": [1]}
+    assert second.get("learned", "b") is None
+
+
+def test_killed_daemon_loses_nothing(path: Path) -> None:
+    """What was put is in the file, with nobody to close it."""
+    StateDb(path).put("learned", "a", {"kv": 1.5})
+    assert StateDb(path).get("learned", "a") == {"kv": 1.5}
+    assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_without_a_file_it_remembers_for_as_long_as_it_runs() -> None:
+    """As in development."""
+    state = StateDb(None)
+    state.put("learned", "a", {"kv": 1})
+    assert state.get("learned", "a") == {"kv": 1}
+
+
+@pytest.mark.parametrize("content", [b"no database" * 100, b"SQLite format 3\0" + b"\xff" * 4000, b""])
+def test_damaged_file_is_put_aside(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """The daemon says so and makes a new one; an empty file is a new one."""
+    path.write_bytes(content)
+    state = StateDb(path)
+    assert state.get("learned", "a") is None
+    state.put("learned", "a", {"kv": 1})
+    assert state.get("learned", "a") == {"kv": 1}
+    broken = path.with_name("state.db.broken")
+    assert broken.exists() == bool(content)
+    if content:
+        assert broken.read_bytes() == content
+        assert f"it is kept as {broken}" in caplog.text
+
+
+def test_file_that_is_damaged_while_it_is_used_is_put_aside(path: Path) -> None:
+    """With its log, which belongs to it."""
+    state = StateDb(path)
+    for number in range(500):
+        state.put("learned", str(number), {"text": "x" * 200})
+    state.close()
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    state = StateDb(path)
+    state.put("learned", "a", {"kv": 1})
+    state.put("learned", "a", {"kv": 2})
+    assert state.get("learned", "a") == {"kv": 2}
+
+
+def test_file_of_a_later_version_is_put_aside(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After a downgrade."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    state = StateDb(path)
+    state.put("learned", "a", {"kv": 1})
+    assert state.get("learned", "a") is None or state.get("learned", "a") == {"kv": 1}
+    state.put("learned", "a", {"kv": 1})
+    assert state.get("learned", "a") == {"kv": 1}
+    assert "it is of version 99, expected 1" in caplog.text
+
+
+def test_full_disk_stops_the_recording_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told once, not with every value; when there is room again it goes on."""
+    state = StateDb(path)
+    state.put("learned", "a", {"kv": 1})
+    connection = state._connection
+    assert connection is not None
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+    with caplog.at_level(logging.ERROR):
+        for number in range(3):
+            state.put("learned", f"b{number}", {"text": "x" * 100_000})
+    assert caplog.text.count("disk is full") == 1
+    assert state.get("learned", "a") == {"kv": 1}
+    connection.execute("PRAGMA max_page_count = 100000")
+    state.put("learned", "b", {"kv": 2})
+    assert state.get("learned", "b") == {"kv": 2}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    """Nothing is kept, and nobody fails."""
+    tmp_path.chmod(0o500)
+    StateDb(tmp_path / "state.db").put("learned", "a", {})
+
+
+def test_directory_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same."""
+    state = StateDb(tmp_path / "no" / "state.db")
+    state.put("learned", "a", {"kv": 1})
+    assert state.get("learned", "a") is None
+    assert caplog.text.count("unable to open database file") == 1
+
+
+def test_oldest_values_give_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file does not grow for ever."""
+    monkeypatch.setattr(state_db, "MAX_ROWS", 3)
+    state = StateDb(path)
+    for number in range(5):
+        state.put("learned", str(number), {"n": number})
+    assert [state.get("learned", str(number)) for number in range(5)] == [None, None, {"n": 2}, {"n": 3}, {"n": 4}]
+
+
+def test_threads_may_use_it(path: Path) -> None:
+    """One statement after the other."""
+    state = StateDb(path)
+
+    def put_all(name: int) -> None:
+        for number in range(20):
+            state.put("learned", f"{name}-{number}", {"n": number})
+
+    threads = [threading.Thread(target=put_all, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(state.get("learned", f"{n}-19") == {"n": 19} for n in range(4))
+
+
+def test_unknown_table_is_a_bug(path: Path) -> None:
+    """No name of a table comes from outside."""
+    with pytest.raises(ValueError, match="expected a table"):
+        StateDb(path).get("x; DROP TABLE learned", "a")
+
+
+def test_value_that_is_no_object_is_none(path: Path) -> None:
+    """Whoever edits the file by hand."""
+    state = StateDb(path)
+    state.put("learned", "a", {})
+    state.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE learned SET value = '[1]'")
+        connection.execute("INSERT INTO learned VALUES ('b', 0, '{')")
+    connection.close()
+    state = StateDb(path)
+    assert (state.get("learned", "a"), state.get("learned", "b")) == (None, None)
