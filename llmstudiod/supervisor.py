@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
 from llmstudiod.adapters.planner import Plan, Planner
 from llmstudiod.adapters.probe import NotOurs, wait_ready
@@ -49,10 +49,14 @@ from llmstudiod.core.events import (
 from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import Failure, InstanceView, State
 from llmstudiod.core.model_spec import LifecycleDefaults, model_spec
+from llmstudiod.core.placement import Wish
 from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import RecipeEntry, recipe_hash
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.launchers.base import FoundUnit, Launcher, Unit
+
+if TYPE_CHECKING:
+    from llmstudiod.core.preview import Preview
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +171,13 @@ class Supervisor:
     def socket_of(self, model: str) -> str:
         """Return where the model's server listens, running or not."""
         return self._launcher.socket_path(model)
+
+    async def preview(self, model: str, wish: Wish | None) -> "Preview | None":
+        """Return what would happen if the model were wanted now; None where memory is not planned."""
+        memory = None if self._measure is None else await asyncio.to_thread(self._measure, self._clock())
+        if memory is None or self._scheduler.view(model) is None:
+            return None
+        return self._scheduler.preview(model, wish, memory, self._clock())
 
     async def changed(self) -> None:
         """Return at the next change of any instance's state."""

@@ -196,6 +196,7 @@ class InstanceView:
     is_being_vetted: bool
     stop_cause: StopCause | None
     story: tuple[Transition, ...]
+    placement: Placement | None = None
 
 
 def view(instance: Instance) -> InstanceView:
@@ -218,4 +219,5 @@ def view(instance: Instance) -> InstanceView:
         is_being_vetted=instance.is_being_vetted,
         stop_cause=instance.stop_cause,
         story=tuple(instance.story),
+        placement=instance.placement,
     )

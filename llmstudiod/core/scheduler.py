@@ -42,11 +42,13 @@ from llmstudiod.core.events import (
     VetPlan,
     WatchUnit,
 )
+from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Waiter, view
 from llmstudiod.core.memory_watch import MemoryWatch
-from llmstudiod.core.placement import Placement
+from llmstudiod.core.placement import Placement, Wish
 
 if TYPE_CHECKING:
+    from llmstudiod.core.preview import Preview
     from llmstudiod.core.seating import Seating
 
 BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
@@ -91,6 +93,13 @@ class Scheduler:
     def is_quiet(self) -> bool:
         """Whether no instance holds a process."""
         return not any(instance.is_resident for instance in self._instances.values())
+
+    def preview(self, model: str, wish: Wish | None, memory: Memory, at: float) -> "Preview":
+        """Return what would happen if the model were wanted now; changes nothing."""
+        from llmstudiod.core.preview import preview
+
+        instances = self._instances.values()
+        return preview(instances, model, wish, max_instances=self.max_instances, memory=memory, at=at)
 
     def ready_run(self, model: str) -> int | None:
         """Return the run that would be granted to a request arriving now, or None when it would not be granted."""

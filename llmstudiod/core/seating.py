@@ -6,9 +6,10 @@ one that was only asked to go serves on when it is not needed. Whoever has a pro
 what is left beside it.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 from llmstudiod.core import room
 from llmstudiod.core.errors import DoesNotFitError, LlmstudioError, UnavailableError
@@ -36,7 +37,8 @@ class Seating:
 
     ``unknown``: they may only start, or cost somebody his place, when their plan has been checked, or checked better.
     ``crowded``: only busy ones could make room, and these should. ``hopeless``: nobody could, with the reason, None for
-    want of places. ``settling``: memory that was given back is not free yet.
+    want of places. ``settling``: memory that was given back is not free yet. ``promised``: places in what ``stop`` and
+    those who are leaving will free.
     """
 
     start: list[tuple[Instance, Placement | None]] = field(default_factory=list)
@@ -46,6 +48,7 @@ class Seating:
     crowded: list[tuple[Instance, list[Instance]]] = field(default_factory=list)
     hopeless: list[tuple[Instance, LlmstudioError | None]] = field(default_factory=list)
     settling: list[Instance] = field(default_factory=list)
+    promised: list[tuple[Instance, Placement]] = field(default_factory=list)
 
 
 class _Table:
@@ -78,7 +81,7 @@ class _Table:
         if self._memory is None or wanted.wish is None:
             return False
         staying = [each for each in self._residents if each not in without]
-        there = self._memory.room_by_books(self._holdings(staying), [others])
+        there = self._memory.room_by_books(self.holdings(staying), [others])
         better = (grade for grade in self._grades(wanted) if best is None or grade < best)
         return any(_place(wanted.wish, there, grade) for grade in better)
 
@@ -86,7 +89,7 @@ class _Table:
         """Whether it would fit beside everybody if all were free that our books call free."""
         if self._memory is None or wanted.wish is None:
             return False
-        there = self._memory.room_by_books(self._holdings(self._residents), [*self._held(), others])
+        there = self._memory.room_by_books(self.holdings(self._residents), [*self._held(), others])
         return _place(wanted.wish, there, grade) is not None
 
     def _grades(self, wanted: Instance) -> tuple[Grade, ...]:
@@ -108,8 +111,8 @@ class _Table:
             return _ANYWHERE
         wish = replace(wanted.wish, margin=margin) if margin else wanted.wish
         gone = [each for each in self._residents if each in without]
-        memory = self._memory.released(self._holdings(gone))
-        there = memory.room(self._holdings(staying), self._held())
+        memory = self._memory.released(self.holdings(gone))
+        there = memory.room(self.holdings(staying), self._held())
         found = _place(wish, there, grade)
         if found is None and wish.margin and not margin:
             found = _place(replace(wish, margin=0.0), there, grade)
@@ -125,7 +128,7 @@ class _Table:
         """Whether everything is free that our books call free, as far as ``others`` leave it."""
         if self._memory is None:
             return True
-        holdings = self._holdings(self._residents)
+        holdings = self.holdings(self._residents)
         missing = _more(self._memory.room(holdings), self._memory.room_by_books(holdings, [others]))
         return all(size < NOISE for size in missing.devices)
 
@@ -138,18 +141,19 @@ class _Table:
             return UnavailableError(message, hint="see `groups` in llmstudiod.yaml")
         if self._memory is None or wanted.wish is None:
             return None
-        now = self._memory.room(self._holdings(self._residents))
-        later = self._memory.released(self._holdings(everyone)).room(self._holdings(staying))
+        now = self._memory.room(self.holdings(self._residents))
+        later = self._memory.released(self.holdings(everyone)).room(self.holdings(staying))
         told, hint = refusal(wanted.wish, now, _more(now, later), self.others(), names=self._memory.names)
         return DoesNotFitError(f"cannot load '{wanted.spec.id}': {told}", hint=hint)
 
     def others(self) -> Room:
         """Return what other programs use: what is not free, and nobody of ours has."""
         assert self._memory is not None
-        holdings = self._holdings(self._residents)
+        holdings = self.holdings(self._residents)
         return _more(self._memory.room(holdings), self._memory.room_by_books(holdings))
 
-    def _holdings(self, instances: Iterable[Instance]) -> list[Holding]:
+    def holdings(self, instances: Iterable[Instance]) -> list[Holding]:
+        """Return what these hold."""
         assert self._memory is not None
         return [
             holding(each.placement, self._memory, is_taken=each.facts is not None and each.ready_at < self._memory.at)
@@ -220,6 +224,7 @@ def seating(
             found.crowded.append((wanted, _busy_to_go(table, wanted, grade, may_go, residents)))
             continue
         table.claim(wanted, placement)
+        found.promised.append((wanted, placement))
         found.stop += [each for unit in leaving if unit in unused for each in unit]
         going += _all(leaving)
         unused = [unit for unit in unused if unit not in leaving]
@@ -277,6 +282,32 @@ def _busy_to_go(
         if each.spec.id not in wanted.protects
     ]
     return _all(_with_others_gone(table, wanted, grade, going, units)[1])
+
+
+def account(residents: Collection[Instance], memory: Memory) -> Iterator[dict[str, Any]]:
+    """Yield who holds what of each GPU, and of RAM as the last: bytes that are there, free, held, and others'.
+
+    What is reserved is not there; what is promised to those who still load is not free.
+    """
+    table = _Table(list(residents), max_instances=0, memory=memory)
+    n_devices = len(memory.free.devices)
+    held = {each.spec.id: each.placement.held(n_devices, memory.uuids) for each in residents if each.placement}
+    free = memory.room(table.holdings(residents))
+    others = table.others()
+    for index, name in enumerate((*memory.names, "RAM")):
+        is_ram = index == n_devices
+
+        def part(room: Room, index: int = index, *, is_ram: bool = is_ram) -> int:
+            return room.host if is_ram else room.devices[index]
+
+        yield {
+            "name": name,
+            "uuid": None if is_ram or not memory.uuids else memory.uuids[index],
+            "total": part(memory.capacity),
+            "free": max(0, part(free)),
+            "others": part(others),
+            "models": [{"id": model, "memory": size} for model, room in held.items() if (size := part(room))],
+        }
 
 
 def used_by_others(instances: Collection[Instance], memory: Memory) -> Room:

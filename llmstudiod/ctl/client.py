@@ -70,9 +70,9 @@ class Client:
         """Return the client for the socket that was given, named in the environment, or the usual one."""
         return cls(given or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET)
 
-    def get(self, *parts: str, timeout_s: float | None = 60) -> Any:  # noqa: ANN401 - JSON holds anything
+    def get(self, *parts: str, query: str = "", timeout_s: float | None = 60) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return the answer to a GET; ``parts`` are the path's, still unquoted."""
-        return self._ask("GET", _path(parts), timeout_s)
+        return self._ask("GET", _path(parts) + (f"?{query}" if query else ""), timeout_s)
 
     def post(self, *parts: str, query: str = "", body: object = None, timeout_s: float | None = None) -> Any:  # noqa: ANN401
         """Return the answer to a POST; by default for as long as it takes."""

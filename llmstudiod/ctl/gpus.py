@@ -34,6 +34,7 @@ def gpus_text(answer: dict[str, Any], *, with_bars: bool) -> str:
         lines = [head]
         for gpu, row in zip(gpus, rows, strict=True):
             lines += [row, *(f"     {_process(process)}" for process in gpu["processes"])]
+            lines += [f"     {_promise(each)}" for each in gpu["promised"]]
     lines += ["", _ram(host, with_bars=with_bars)]
     return "\n".join(lines)
 
@@ -64,6 +65,11 @@ def _ram(host: dict[str, Any], *, with_bars: bool) -> str:
     limit = "" if host["memory_limit"] is None else f"; models may use {format_bytes(host['memory_limit'])} in all"
     used, total = format_bytes(host["memory_used"]), format_bytes(host["memory_total"])
     return f"RAM  {used} / {total}{bar}, {format_bytes(host['memory_available'])} available{limit}"
+
+
+def _promise(each: dict[str, Any]) -> str:
+    """Return what a model was promised, whatever it has taken of that yet."""
+    return f"promised to {each['id']} ({each['state']}): {format_bytes(each['memory'])}, {each['layers']} layers"
 
 
 def _process(process: dict[str, Any]) -> str:

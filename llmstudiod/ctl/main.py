@@ -11,7 +11,7 @@ from typing import Any
 from llmstudiod import __version__
 from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
 from llmstudiod.ctl import estimate as estimates
-from llmstudiod.ctl import gpus, show
+from llmstudiod.ctl import explain, gpus, show
 from llmstudiod.ctl import keys as api_keys
 from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
 
@@ -89,8 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="how many lines (default: 100)")
     check = add("check", _check, "check recipe files, or everything that the daemon has loaded")
     check.add_argument("file", nargs="*", type=Path)
-    explain = add("explain", _explain, "show how a model would be started, and why so")
-    explain.add_argument("model")
+    explain.add_arguments(add("explain", explain.command, "show where a model would go, and how it would be started"))
     estimates.add_arguments(add("estimate", estimates.command, "tell what a GGUF file needs in memory"))
     add("gpus", gpus.command, "show the GPUs, who uses them, and RAM")
     key = add("key", _no_command, "make, list or revoke the endpoint's API keys")
@@ -247,27 +246,6 @@ def _check_daemon(client: Client) -> list[dict[str, Any]]:
             place = {"file": recipe["file"] or recipe["model_path"], "line": None, "key": recipe["id"]}
             faults.append({**place, "message": error.message, "hint": error.hint, "severity": "fault"})
     return faults
-
-
-def _explain(client: Client, arguments: argparse.Namespace) -> int:
-    plan = client.get("explain", arguments.model)
-    if arguments.json:
-        return _print_json(plan)
-    recipe = plan["recipe"]
-    print(f"{recipe['id']}: {recipe['model_path']}")
-    print(f"recipe: {recipe['file'] or 'none (served with defaults)'}")
-    slots = f"{plan['n_parallel']} slots of {plan['n_ctx']} tokens, {plan['n_ctx_total']} in all"
-    print(f"context: {slots}")
-    for note in plan["notes"]:
-        print(f"note: {note}")
-    if plan["estimate"]:
-        print(f"\nmemory, with everything on the CPU:\n{show.memory_table(plan['estimate'])}\n")
-    print(f"llama-server: {plan['llama_server']['version']}, from {plan['llama_server']['source']}")
-    environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan["environment"].items())
-    print(f"\ncommand:\n  {environment} {shlex.join(plan['argv'])}")
-    if plan["systemd_run"]:
-        print(f"\nunit:\n  {shlex.join(plan['systemd_run'])}")
-    return 0
 
 
 def _no_command(_: Client, __: argparse.Namespace) -> int:

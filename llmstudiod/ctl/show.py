@@ -107,6 +107,10 @@ def status_text(item: dict[str, Any]) -> str:
             "memory",
             f"{format_bytes(measured)} of RAM" + (f", {format_bytes(estimated)} estimated" if estimated else ""),
         )
+    for gpu in item.get("devices", ()):
+        has = format_bytes(gpu["measured"]) if gpu["measured"] is not None else "not told"
+        name = f"GPU {gpu['index']}" if gpu["index"] is not None else gpu["uuid"]
+        field(name, f"{gpu['layers']} layers, {has}, {format_bytes(gpu['estimated'])} estimated")
     field("unit", f"{item['unit']} (pid {item['pid']})" if item["unit"] else None)
     field("socket", item["socket"] if item["unit"] else None)
     field("sandbox", f"relaxed: {', '.join(item['sandbox'])}" if item.get("sandbox") else None)

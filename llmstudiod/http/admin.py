@@ -19,7 +19,7 @@ from llmstudiod.core.errors import AccessDeniedError, BadRequestError, Llmstudio
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.recipe import Fault, RecipeEntry
 from llmstudiod.core.settings import LoadedSettings
-from llmstudiod.http.admin_gpus import AdminGpus
+from llmstudiod.http.admin_gpus import AdminGpus, preview_answer
 from llmstudiod.http.admin_keys import AdminKeys
 from llmstudiod.http.answers import error_headers, json_bytes, json_response
 from llmstudiod.http.listing import Listing
@@ -183,9 +183,12 @@ class Admin:
             raise NotFoundError(f"'{request.match_info['id']}' has no instance")
         unit, plan = self._supervisor.unit_of(shown.id), self._supervisor.plan_of(shown.id)
         estimated = plan.estimate.host_total if plan and plan.estimate else None
+        if shown.placement is not None:
+            estimated = shown.placement.estimate.host_total
         measured = await self._launcher.memory(unit) if unit and _is_up(shown) else None
         memory = {"estimated": estimated, "measured": measured}
-        return json_response({**self._shown(shown, with_story=True), "memory": memory})
+        devices = await self._gpus.held_by(shown)
+        return json_response({**self._shown(shown, with_story=True), "memory": memory, "devices": devices})
 
     def _shown(self, shown: InstanceView, *, with_story: bool) -> dict[str, Any]:
         entry = self._supervisor.catalogue.entries.get(shown.id)
@@ -216,7 +219,8 @@ class Admin:
             result["argv"] = list(plan.request.argv) if plan else None
             result["socket"] = plan.request.socket_path if plan else None
             result["sandbox"] = list(entry.recipe.sandbox.relaxations()) if entry else []
-            result["notes"] = list(plan.command.notes) if plan else []
+            placed = shown.placement.notes if shown.placement else ()
+            result["notes"] = [*(plan.command.notes if plan else ()), *placed]
             result["last_lines"] = list(shown.failure.lines) if shown.failure else []
             result["warnings"] = [str(warning) for warning in entry.warnings] if entry else []
             result["story"] = [
@@ -254,9 +258,17 @@ class Admin:
     async def _explain(self, request: web.Request) -> web.Response:
         model = self._model(request)
         entry = self._supervisor.catalogue.entries[model]
-        plan = await self._planner.plan(entry)
+        wish, _ = await self._planner.vet(entry, is_thorough=request.query.get("dry_run", "") in {"true", "1", "yes"})
+        found = await self._supervisor.preview(model, wish)
+        plan = await self._planner.plan(entry, found.placement if found else None)
         command = await self._launcher.show(plan.request)
-        return json_response({"recipe": self._recipe_of(entry), **self._plan_of(plan), "systemd_run": command})
+        told = {
+            "recipe": self._recipe_of(entry),
+            **self._plan_of(plan),
+            "placement": found and preview_answer(found, wish),
+            "systemd_run": command,
+        }
+        return json_response(told)
 
     def _plan_of(self, plan: Plan) -> dict[str, Any]:
         context, request = plan.command.context, plan.request

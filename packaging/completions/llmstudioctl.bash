@@ -69,7 +69,8 @@ _llmstudioctl() {
             fi
             return
             ;;
-        list | status | check | explain | gpus | schema | version) options=$common ;;
+        explain) options="--dry-run $common" ;;
+        list | status | check | gpus | schema | version) options=$common ;;
         key | "key list" | "key revoke") options=$common ;;
         "key add") options="--admin --metrics --models --expires $common" ;;
         estimate) options="--n-ctx --n-parallel --kv-unified --n-gpu-layers --cache-type-k --cache-type-v --n-ubatch --no-flash-attn --n-cpu-moe --draft-model --mmproj $common" ;;

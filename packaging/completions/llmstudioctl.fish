@@ -69,7 +69,7 @@ complete -c llmstudioctl -n __llmstudioctl_command -a load -d 'load a model and 
 complete -c llmstudioctl -n __llmstudioctl_command -a unload -d 'unload a model when its requests are answered'
 complete -c llmstudioctl -n __llmstudioctl_command -a logs -d "show a model's log"
 complete -c llmstudioctl -n __llmstudioctl_command -a check -d 'check recipe files, or everything that the daemon has loaded'
-complete -c llmstudioctl -n __llmstudioctl_command -a explain -d 'show how a model would be started, and why so'
+complete -c llmstudioctl -n __llmstudioctl_command -a explain -d 'show where a model would go, and how it would be started'
 complete -c llmstudioctl -n __llmstudioctl_command -a estimate -d 'tell what a GGUF file needs in memory'
 complete -c llmstudioctl -n __llmstudioctl_command -a gpus -d 'show the GPUs, who uses them, and RAM'
 complete -c llmstudioctl -n __llmstudioctl_command -a key -d "make, list or revoke the endpoint's API keys"
@@ -83,6 +83,7 @@ complete -c llmstudioctl -n '__llmstudioctl_command unload' -l all -d 'unload ev
 complete -c llmstudioctl -n '__llmstudioctl_command unload' -l force -d 'do not wait for requests in flight'
 complete -c llmstudioctl -n '__llmstudioctl_command logs' -s f -l follow -d 'go on with new lines'
 complete -c llmstudioctl -n '__llmstudioctl_command logs' -s n -l lines -x -d 'how many lines'
+complete -c llmstudioctl -n '__llmstudioctl_command explain' -l dry-run -d 'let llama-server itself tell what it would need'
 complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l n-ctx -x -d 'context of one request'
 complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l n-parallel -x -d 'requests at the same time (default: 4)'
 complete -c llmstudioctl -n '__llmstudioctl_command estimate' -l kv-unified -d 'all requests share one context'

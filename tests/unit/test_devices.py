@@ -216,9 +216,12 @@ SHOWN = Machine(
 )  # fmt: skip
 
 
+PROMISED = {"GPU-a": [{"id": "qwen3-32b", "state": "loading", "memory": 21 * GIB, "layers": 65}]}
+
+
 def answer(machine: Machine, ours: Mapping[int, str] | None = None) -> dict[str, Any]:
     """Return what a client reads."""
-    read: dict[str, Any] = json.loads(json.dumps(machine_answer(machine, ours or {})))
+    read: dict[str, Any] = json.loads(json.dumps(machine_answer(machine, ours or {}, PROMISED)))
     return read
 
 
@@ -232,6 +235,16 @@ def test_answer_has_the_names_of_old_clients() -> None:
     assert told["host"] == {
         "memory_total": 64 * GIB, "memory_used": 24 * GIB, "memory_available": 40 * GIB, "memory_limit": 32 * GIB,
     }  # fmt: skip
+
+
+def test_promises_are_told() -> None:
+    """What a model may take, whatever it has taken of that yet."""
+    told = answer(SHOWN)
+    assert [len(each["promised"]) for each in told["gpus"]] == [1, 0, 0]
+    assert (
+        "     promised to qwen3-32b (loading): 21.0 GiB, 65 layers"
+        in gpus.gpus_text(told, with_bars=False).splitlines()
+    )
 
 
 def test_process_that_is_no_unit_is_known_by_its_pid() -> None:
@@ -249,6 +262,7 @@ def test_table_shows_gpus_processes_and_ram() -> None:
         "     python3, pid 12, not ours",
         "     pid 13, 5.0 GiB, not ours",
         "     llama-server, pid 14, 1.0 GiB, not ours",
+        "     promised to qwen3-32b (loading): 21.0 GiB, 65 layers",
         "1    Intel GPU a7a0 (shares RAM)  not known",
         "2    Intel GPU e20b               ? / 12.0 GiB",
         "",
@@ -260,7 +274,7 @@ def test_terminal_is_shown_how_full_they_are() -> None:
     """A bar of ten cells; none where it is not known."""
     lines = gpus.gpus_text(answer(SHOWN), with_bars=True).splitlines()
     assert "20.0 GiB / 80.0 GiB  ██░░░░░░░░  3%" in lines[1]
-    assert "░" not in lines[6] + lines[7]
+    assert "░" not in lines[7] + lines[8]
     assert "64.0 GiB  ████░░░░░░, 40.0 GiB available" in lines[-1]
 
 
@@ -268,7 +282,7 @@ def test_faults_are_told_beside_the_table(capsys: pytest.CaptureFixture[str]) ->
     """And are no failure: whoever asked got what there is."""
 
     class Fake(Client):
-        def get(self, *_: str, timeout_s: float | None = None) -> Any:
+        def get(self, *_: str, query: str = "", timeout_s: float | None = None) -> Any:
             return answer(Machine(HOST, (), ("the NVIDIA GPUs cannot be measured: `modprobe nvidia`",)))
 
     assert gpus.command(Fake("/nowhere"), argparse.Namespace(json=False)) == 0
