@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import shlex
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import Recipe, RecipeEntry
 from llmstudiod.core.settings import Settings
 from llmstudiod.launchers.base import Launcher
+
+logger = logging.getLogger(__name__)
 
 # The categories of llmstudiod.core.reasons, so that a fault has one name whether it is met before a start or at it.
 _FAILURES: Mapping[str, str] = {
@@ -90,6 +93,8 @@ class Planner:
         self.learning = learning or Learning(StateDb(None), measure)
         self._measure = measure
         self.backends: tuple[str, ...] = ()
+        self._last_gpus: tuple[tuple[str, ...], tuple[Device, ...]] = ((), ())
+        self._gpu_fault = ""
         self._settings = settings
         self._launcher = launcher
         self._program = program
@@ -113,10 +118,23 @@ class Planner:
         return binary
 
     def gpus(self) -> tuple[Device, ...]:
-        """Return the GPUs on which memory is planned; none where llama-server finds its place itself. Blocks."""
+        """Return the GPUs on which memory is planned; none where llama-server finds its place itself. Blocks.
+
+        Where they could be measured before and cannot be now, what was promised counts alone: all else seems free.
+        """
         if self._measure is None or not self.backends:
             return ()
-        return plannable(self._measure(), self.backends)
+        machine = self._measure()
+        found = plannable(machine, self.backends)
+        backends, last = self._last_gpus
+        if not found and last and backends == self.backends:
+            reason = "; ".join(machine.faults) or "llama-server lists other GPUs than were found"
+            if reason != self._gpu_fault:
+                logger.warning("the GPUs cannot be measured, so other programs' use is not known: %s", reason)
+                self._gpu_fault = reason
+            return tuple(replace(each, free=each.total, processes=()) for each in last)
+        self._last_gpus, self._gpu_fault = (self.backends, found), ""
+        return found
 
     async def plan(self, entry: RecipeEntry, placement: Placement | None = None) -> Plan:
         """Return the plan for a recipe, where it was placed if that is known.

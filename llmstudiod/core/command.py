@@ -231,6 +231,9 @@ def _device_flags(recipe: Recipe, binary: ServerBinary) -> list[str]:
     argv: list[str] = []
     if recipe.gpus == "none":
         argv += ["--device", "none"]
+    elif recipe.gpus and binary.devices and all(name.startswith("CUDA") for name in binary.devices):
+        # Without it a GPU that CUDA cannot use is left out, and the model runs on the CPU without an error.
+        argv += ["--device", _join(f"CUDA{number}" for number in range(len(recipe.gpus)))]
     if recipe.n_gpu_layers != "auto" and (binary.devices or recipe.gpus != "none"):
         argv += ["-ngl", str(recipe.n_gpu_layers)]
     if recipe.split_mode or recipe.tensor_parallel_size == 1:

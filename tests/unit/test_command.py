@@ -1,5 +1,6 @@
 """The llama.cpp command line: each trap of its flags, and the recipe that the issue gives as its example."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -257,6 +258,22 @@ def test_no_gpus_is_no_device(binary: ServerBinary) -> None:
     assert built.environment["CUDA_VISIBLE_DEVICES"] == ""
     assert options(built)["--device"] == "none"
     assert options(built)["-fit"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "expected"),
+    [
+        (("1",), ("CUDA0", "CUDA1"), "CUDA0"),
+        (("GPU-8f6c", "GPU-11aa"), ("CUDA0", "CUDA1"), "CUDA0,CUDA1"),
+        (None, ("CUDA0",), None),
+        (("0",), (), None),
+        (("0",), ("Vulkan0",), None),
+    ],
+)
+def test_chosen_gpus_are_required(gpus: Any, devices: tuple[str, ...], expected: str | None) -> None:
+    """One that CUDA cannot use is an error then; otherwise the model would run on the CPU without a word."""
+    built = command(dataclasses.replace(GPU, devices=devices), gpus=gpus)
+    assert options(built).get("--device") == expected
 
 
 def test_fitting_is_on_only_where_nothing_is_fixed() -> None:

@@ -127,6 +127,24 @@ def planner_of(tmp_path: Path, *devices: Device) -> Planner:
     return Planner(settings, NoLauncher(), LocalProgram(settings, {}), measure=lambda: machine(*devices))
 
 
+async def test_gpus_that_cannot_be_measured_any_more_keep_their_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NVML that fails in the middle must not send a model to the CPU: what was promised counts then. Told once."""
+    machines = [machine(gpu(0, 24, free=3 * GIB), gpu(1, 8)), Machine(HostMemory(1, 1), (), ("NVML: Unknown Error",))]
+    settings = Settings(llama_server=str(write_program(tmp_path / "llama-server", SERVER)))
+    planner = Planner(settings, NoLauncher(), LocalProgram(settings, {}), measure=lambda: machines[0])
+    assert planner.gpus() == ()  # llama-server has not been asked yet
+    await planner.binary()
+    assert [each.free for each in planner.gpus()] == [3 * GIB, 8 * GIB]
+    del machines[0]
+    for _ in range(3):
+        assert [(each.uuid, each.free) for each in planner.gpus()] == [("GPU-0", 24 * GIB), ("GPU-1", 8 * GIB)]
+    assert caplog.text.count("other programs' use is not known: NVML: Unknown Error") == 1
+    machines.insert(0, machine(gpu(0, 24, free=GIB), gpu(1, 8)))
+    assert [each.free for each in planner.gpus()] == [GIB, 8 * GIB]
+
+
 async def test_placement_becomes_a_command_line(tmp_path: Path) -> None:
     """The GPUs by UUID, in the order of the bus; layers and parts; nothing that llama-server may change silently."""
     path = write(tmp_path / "m.gguf", ZOO["llama-gqa"])
