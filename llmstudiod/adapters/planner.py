@@ -26,7 +26,7 @@ from llmstudiod.core.devices import Device, Machine
 from llmstudiod.core.errors import LlmstudioError, LoadFailedError
 from llmstudiod.core.gpus import plannable, positions
 from llmstudiod.core.launch import Decisions, LaunchRequest, decided, launch_request
-from llmstudiod.core.learned import Correction
+from llmstudiod.core.learned import Correction, corrected
 from llmstudiod.core.memory import GPU_PROCESS_BYTES, Estimate, Run
 from llmstudiod.core.model_shape import ModelShape, model_shape
 from llmstudiod.core.needs import default_cache_ram_mib, memory_key, memory_limit, on_the_host, run_of
@@ -163,9 +163,9 @@ class Planner:
             raise LoadFailedError(error.message, hint=hint, details=error.details) from error
         chosen = decided(recipe, request.decisions)
         run = run_of(chosen, command.context, cache_ram_mib=cache_ram_mib(chosen, binary.known_flags))
-        request, estimate = _with_limit(request, found, run, binary)
         key = memory_key(recipe, found.identities, (*binary.argv, binary.version))
         known = await asyncio.to_thread(self.learning.known, key)
+        request, estimate = _with_limit(request, found, run, binary, known)
         wish = _wish(recipe, found, run, binary, await asyncio.to_thread(self.gpus), known)
         await self._check(entry, request, binary)
         return Plan(request, command, binary, recipe.alias, estimate, wish, placement, key)
@@ -325,7 +325,7 @@ def _messages(output: Sequence[str]) -> list[str]:
 
 
 def _with_limit(
-    request: LaunchRequest, found: _Found, run: Run, binary: ServerBinary
+    request: LaunchRequest, found: _Found, run: Run, binary: ServerBinary, known: Correction
 ) -> tuple[LaunchRequest, Estimate | None]:
     """Return the request with a limit on host memory where the recipe sets none, and the need, if it is known.
 
@@ -333,7 +333,7 @@ def _with_limit(
     """
     if found.shape is None:
         return request, None
-    need = on_the_host(found.shape, run, draft=found.draft, mmproj_bytes=found.mmproj_bytes)
+    need = corrected(on_the_host(found.shape, run, draft=found.draft, mmproj_bytes=found.mmproj_bytes), known)
     if "MemoryMax" in request.limits:
         return request, need
     gpu = GPU_PROCESS_BYTES * len(binary.devices)
@@ -359,6 +359,8 @@ def _wish(
     if not is_on_cpu and len(recipe.tensor_split or ()) > n_allowed:
         message = f"tensor_split has {len(recipe.tensor_split or ())} parts, and there are {n_allowed} GPUs"
         raise LoadFailedError(f"cannot load '{recipe.id}': {message}", hint="give one part for each GPU")
+    if recipe.main_gpu is not None and (recipe.split_mode == "none" or recipe.tensor_parallel_size == 1):
+        allowed = _main_gpu(recipe, range(len(gpus)) if allowed is None else allowed)
     layers = {"auto": None, "all": found.shape.n_layers + 1}
     return Wish(
         recipe.id,
@@ -375,6 +377,18 @@ def _wish(
         draft=found.draft,
         mmproj_bytes=found.mmproj_bytes,
     )
+
+
+def _main_gpu(recipe: Recipe, allowed: Sequence[int]) -> tuple[int, ...]:
+    """Return the one that a recipe names among those that it allows."""
+    if recipe.main_gpu is None or not allowed:
+        return tuple(allowed)
+    if recipe.main_gpu >= len(allowed):
+        message = f"main_gpu: expected 0 to {len(allowed) - 1}, a place among the GPUs that it may use"
+        raise LoadFailedError(
+            f"cannot load '{recipe.id}': {message}, found {recipe.main_gpu}", hint="`llmstudioctl gpus` shows them"
+        )
+    return (allowed[recipe.main_gpu],)
 
 
 def _recipe_place(entry: RecipeEntry) -> str:

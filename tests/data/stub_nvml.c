@@ -11,14 +11,24 @@
  *   name PID TEXT…
  *   fail FUNCTION NUMBER CODE                  -1 for functions of no GPU, and for all GPUs
  *   hang FUNCTION SECONDS
+ *   lease NUMBER PID BYTES DEAD_SINCE_MS       what a program holds; less is free while its process lives, and for a
+ *                                              second after it was first seen dead, as with a real driver
+ *
+ * Whoever first sees the process of a lease dead, the stub or gpu_server.c, writes the moment (CLOCK_MONOTONIC) into the
+ * line, which has a fixed width. The file is locked (flock) by whoever reads or changes it; where the stub may not
+ * write, what a dead process held is free at once.
  *
  * nvmlInitWithFlags and nvmlShutdown are noted in the file of the same name with .calls behind it. Structures and
  * numbers of errors are those of nvml.h, as pynvml has them.
  */
+#include <errno.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7 };
@@ -36,9 +46,31 @@ typedef struct {
 
 static int initialised;
 
+/* The lock goes when the file is closed. */
 static FILE *scenario(void) {
     const char *path = getenv("STUB_NVML");
-    return path ? fopen(path, "r") : NULL;
+    FILE *file = path ? fopen(path, "r+") : NULL;
+    if (path && !file) file = fopen(path, "r");
+    if (file) flock(fileno(file), LOCK_EX);
+    return file;
+}
+
+static long long now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000LL + now.tv_nsec / 1000000;
+}
+
+/* Reads a lease that still counts; `is_alive`: its process is there. Notes in the file that a process has gone. */
+static int lease(FILE *file, const char *line, int *number, int *pid, long long *bytes, int *is_alive) {
+    long long dead_since;
+    if (sscanf(line, "lease %d %d %lld %lld", number, pid, bytes, &dead_since) != 4) return 0;
+    *is_alive = !dead_since && (kill(*pid, 0) == 0 || errno == EPERM);
+    if (*is_alive || dead_since) return *is_alive || now_ms() < dead_since + 1000;
+    long end = ftell(file);
+    char moment[32];
+    int width = snprintf(moment, sizeof moment, "%015lld\n", now_ms());
+    return end >= width && pwrite(fileno(file), moment, (size_t)width, end - width) == width;
 }
 
 static void note(const char *call) {
@@ -54,22 +86,23 @@ static void note(const char *call) {
 /* Sleeps and fails as the file says. */
 static int outcome(const char *function, int number) {
     char line[512], name[64];
-    int which, code, seconds, result = SUCCESS;
+    int which, code, seconds, pause = 0, result = SUCCESS;
     FILE *file = scenario();
     while (file && fgets(line, sizeof line, file)) {
-        if (sscanf(line, "hang %63s %d", name, &seconds) == 2 && !strcmp(name, function)) sleep(seconds);
+        if (sscanf(line, "hang %63s %d", name, &seconds) == 2 && !strcmp(name, function)) pause += seconds;
         if (sscanf(line, "fail %63s %d %d", name, &which, &code) == 3 && !strcmp(name, function) &&
             (which == -1 || which == number))
             result = code;
     }
     if (file) fclose(file);
+    if (pause) sleep((unsigned)pause);
     return result != SUCCESS || initialised || !strcmp(function, "nvmlInitWithFlags") ? result : UNINITIALIZED;
 }
 
 /* Finds a GPU or a part of one; returns how many GPUs there are, or -1 where there is none of this number. */
 static int look(int number, gpu_t *found) {
     char line[512], uuid[96], name[96];
-    int count = 0, is_there = 0, gpu, slot, which;
+    int count = 0, is_there = 0, gpu, slot, which, pid, is_alive;
     long long total, free_bytes, used = 0;
     gpu_t read;
     FILE *file = scenario();
@@ -84,7 +117,8 @@ static int look(int number, gpu_t *found) {
                 strcpy(found->name, name);
                 is_there = 1;
             }
-        } else if (sscanf(line, "used %d %lld", &which, &total) == 2 && which == number) {
+        } else if ((sscanf(line, "used %d %lld", &which, &total) == 2 ||
+                    lease(file, line, &which, &pid, &total, &is_alive)) && which == number) {
             used += total;
         }
     }
@@ -207,7 +241,7 @@ int nvmlDeviceGetPowerManagementLimit(void *handle, unsigned *milliwatts) {
 
 static int processes(const char *function, const char *kind, void *handle, unsigned *count, process_t *into) {
     char line[512], of[16];
-    int number = (int)(intptr_t)handle - 1, which, pid;
+    int number = (int)(intptr_t)handle - 1, which, pid, is_alive;
     unsigned found = 0, room = into ? *count : 0;
     long long used;
     gpu_t gpu;
@@ -215,7 +249,10 @@ static int processes(const char *function, const char *kind, void *handle, unsig
     if (code != SUCCESS) return code;
     FILE *file = scenario();
     while (file && fgets(line, sizeof line, file)) {
-        if (sscanf(line, "proc %d %15s %d %lld", &which, of, &pid, &used) == 4 && which == number && !strcmp(of, kind)) {
+        int is_process = sscanf(line, "proc %d %15s %d %lld", &which, of, &pid, &used) == 4 && !strcmp(of, kind);
+        if (!is_process && lease(file, line, &which, &pid, &used, &is_alive))
+            is_process = is_alive && !strcmp(kind, "compute");
+        if (is_process && which == number) {
             if (found < room)
                 into[found] = (process_t){(unsigned)pid, used < 0 ? NOT_AVAILABLE : (unsigned long long)used, ~0u, ~0u};
             found++;

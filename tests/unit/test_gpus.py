@@ -169,6 +169,20 @@ async def test_placement_becomes_a_command_line(tmp_path: Path) -> None:
     assert (told.gpus, told.n_gpu_layers) == (("GPU-0", "GPU-1"), placement.run.n_gpu_layers)
 
 
+async def test_main_gpu_is_the_one_that_is_used(tmp_path: Path) -> None:
+    """Where the model lies on one alone; a place among those that the recipe allows."""
+    path = write(tmp_path / "m.gguf", ZOO["llama-gqa"])
+    planner = planner_of(tmp_path, gpu(0, 24), gpu(1, 24))
+    for fields, expected in (
+        ({"main_gpu": 1, "split_mode": "none"}, (1,)),
+        ({"main_gpu": 0, "split_mode": "none", "gpus": ("1", "0")}, (1,)),
+        ({"main_gpu": 1}, None),
+    ):
+        wish = (await planner.plan(entry(path, **fields))).wish
+        assert wish is not None
+        assert wish.gpus == expected
+
+
 async def test_model_that_fits_on_no_gpu_sees_none(tmp_path: Path) -> None:
     """It takes no memory there, not even for a context."""
     path = write(tmp_path / "m.gguf", ZOO["llama-gqa"])
@@ -189,6 +203,8 @@ async def test_model_that_fits_on_no_gpu_sees_none(tmp_path: Path) -> None:
     [
         ({"gpus": ("4",)}, "there is no GPU '4'"),
         ({"tensor_split": (1.0, 1.0, 1.0)}, "tensor_split has 3 parts, and there are 2 GPUs"),
+        ({"main_gpu": 2, "split_mode": "none"}, "main_gpu: expected 0 to 1, a place among the GPUs"),
+        ({"main_gpu": 1, "tensor_parallel_size": 1, "gpus": ("1",)}, "main_gpu: expected 0 to 0"),
         ({"tensor_split": (1.0, 1.0), "gpus": ("0",)}, "tensor_split has 2 parts, and there are 1 GPUs"),
     ],
 )

@@ -484,3 +484,5 @@ async def test_last_run_counts_instead_of_the_estimate(tmp_path: Path, models: P
     assert learned is not None
     assert (is_proven, learned.correction.is_of_a_run) == (True, True)
     assert needs(learned, learned.run).host.compute == pytest.approx(700 << 20, rel=0.01)
+    before, after = (int(each.request.limits["MemoryMax"]) for each in (plan, await planner.plan(wanted)))
+    assert after > before + (700 << 20)
