@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_S = 1.0
 POLL_S = 0.02
-LOG_LINES = 400  # a load writes some fifty
+LOG_LINES, LOG_TRIES, LOG_LAG_S = 400, 4, 0.5  # a load writes some fifty, and the journal is late
 _INTERNAL = Failure("internal", "an internal error, see the daemon's log")
 
 
@@ -456,8 +456,12 @@ class Supervisor:
         """Keep what a model needed, once for each file, settings and build: it counts instead of the estimate."""
         if plan is None or plan.wish is None or plan.placement is None or plan.wish.correction.is_of_a_run:
             return
-        lines = await self._launcher.lines(unit.model_id, limit=LOG_LINES)
-        await asyncio.to_thread(self._planner.learn, plan, lines, unit.pid)
+        for _ in range(LOG_TRIES):
+            lines = await self._launcher.run_lines(unit, limit=LOG_LINES)
+            if any("listening on" in line for line in lines):  # all of the load has been logged then
+                await asyncio.to_thread(self._planner.learn, plan, lines, unit.pid)
+                return
+            await asyncio.sleep(LOG_LAG_S)
 
     async def _watch_progress(self, model: str, run: int, unit: Unit) -> None:
         """Tell the scheduler whenever something moves in a loading server, so that only a standstill counts."""

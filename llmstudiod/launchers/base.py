@@ -73,6 +73,9 @@ class Launcher(Protocol):
     async def lines(self, model_id: str, *, limit: int) -> list[str]:
         """Return the last lines of the model's log, oldest first."""
 
+    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return the last lines of one run, oldest first; its latest words may still be missing."""
+
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines of the model's log, then those that its server writes from now on."""
 

@@ -162,6 +162,10 @@ class SubprocessLauncher:
         """Return the last lines; they live as long as the daemon."""
         return self._log(model_id).last(limit)
 
+    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return the last lines since the model was started last."""
+        return self._log(unit.model_id).last_of_run(limit)
+
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines, then new ones as they come, over restarts of the model too."""
         return self._log(model_id).follow(limit)

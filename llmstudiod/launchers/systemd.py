@@ -105,6 +105,10 @@ class SystemdLauncher:
         """Return the last lines of the unit's journal, of earlier runs too."""
         return await _journal(f"_SYSTEMD_UNIT={unit_name(model_id)}", limit=limit)
 
+    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return the last lines of the unit's journal since it was started."""
+        return await _journal(f"_SYSTEMD_INVOCATION_ID={unit.invocation_id}", limit=limit)
+
     async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield the journal's last lines, then new ones as they come, some 200 ms late."""
         process = await asyncio.create_subprocess_exec(

@@ -72,6 +72,10 @@ class FakeLauncher(Launcher):
         """Return no lines: it writes none."""
         return []
 
+    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return no lines: it writes none."""
+        return []
+
     async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield no lines."""
         lines: tuple[str, ...] = ()

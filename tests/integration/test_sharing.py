@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,14 @@ def test_last_run_teaches(daemon: RunningDaemon) -> None:
     """What a model took is known the next time."""
     wait_until(lambda: ready(daemon) == ["a", "d"])
 
-    def source() -> str:
-        return str(json.loads(daemon.ctl("explain", "--json", "a").stdout)["placement"]["source"])
+    def placement() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(daemon.ctl("explain", "--json", "a").stdout)["placement"]
+        return found
 
-    wait_until(lambda: source() == "its last run")
+    wait_until(lambda: placement()["source"] == "its last run")
+    first = placement()["place"]["estimate"]["host"]
+    for _ in range(3):  # whatever earlier runs have logged
+        assert daemon.ctl("unload", "a").returncode == daemon.ctl("load", "a").returncode == 0
+    host = placement()["place"]["estimate"]["host"]
+    assert host["kv"] == first["kv"]
+    assert host["compute"] == pytest.approx(first["compute"], rel=0.2)

@@ -60,6 +60,10 @@ class NoLauncher:
         """Return nothing."""
         return []
 
+    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return nothing."""
+        return []
+
     async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield nothing."""
         for line in await self.lines(model_id, limit=0):
