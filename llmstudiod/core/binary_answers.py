@@ -20,6 +20,7 @@ Answer = tuple[int, str]
 """Exit code (negative: the signal) and everything that was printed."""
 
 _LIBRARY = re.compile(r"(?:=> )?(/\S+) \(0x")
+_DEVICE = re.compile(r"(?P<label>.*) \((?P<mib>\d+) MiB, \d+ MiB free\)")
 _SIGNALS: Mapping[int, str] = {  # signal(7), x86 and ARM
     4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM", 31: "SIGSYS",
 }  # fmt: skip
@@ -74,11 +75,14 @@ def described(binary: ServerBinary, answers: Mapping[str, Answer]) -> ServerBina
             f"`{command}` {ended(code)}: {last_line(text) or 'it printed nothing'}",
             hint="run it by hand: libraries may be missing, or it is built for another machine",
         )
+    devices = _devices(answers["--list-devices"][1])
     return replace(
         binary,
         version=next((line for line in text.splitlines() if "version" in line), "").removeprefix("version: "),
         known_flags=parse_known_flags(answers["--completion-bash"][1]) | parse_help_flags(answers["--help"][1]),
-        devices=_devices(answers["--list-devices"][1]),
+        devices=tuple(name for name, _, _ in devices),
+        device_labels=tuple(label for _, label, _ in devices),
+        device_bytes=tuple(size for _, _, size in devices),
     )
 
 
@@ -123,6 +127,12 @@ def _is_below(path: str, directories: Iterable[str]) -> bool:
     return any(path == directory or path.startswith(f"{directory}/") for directory in directories)
 
 
-def _devices(text: str) -> tuple[str, ...]:
-    lines = [line.strip() for line in text.splitlines() if line.startswith("  ")]
-    return tuple(line.partition(":")[0] for line in lines if ":" in line)
+def _devices(text: str) -> list[tuple[str, str, int]]:
+    """Return name, label and size of each line such as ``  Vulkan0: llvmpipe (LLVM 21, 256 bits) (24105 MiB, …)``."""
+    found = []
+    for line in text.splitlines():
+        name, colon, rest = line.strip().partition(": ")
+        if line.startswith("  ") and colon:
+            told = _DEVICE.fullmatch(rest)
+            found.append((name, told["label"], int(told["mib"]) << 20) if told else (name, rest, 0))
+    return found

@@ -32,6 +32,7 @@ INSIDE = "/run/llmstudio-model"
 class ServerBinary:
     """The program that will run: its first words, what it says of itself, and the flags that it accepts.
 
+    ``devices`` are the names of its backends' devices (``CUDA0``), with their labels and sizes, 0 where not told.
     ``executables`` are the paths that it must be able to execute: itself and its libraries; none: not known.
     """
 
@@ -40,6 +41,8 @@ class ServerBinary:
     version: str = ""
     known_flags: frozenset[str] = frozenset()
     devices: tuple[str, ...] = ()
+    device_labels: tuple[str, ...] = ()
+    device_bytes: tuple[int, ...] = ()
     is_engine: bool = False
     executables: tuple[str, ...] = ()
 

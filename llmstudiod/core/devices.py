@@ -1,5 +1,6 @@
 """What a machine has to place models on: GPUs and host memory, as they were measured. Plain values, in bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -65,6 +66,22 @@ class HostMemory:
     total: int
     available: int
     limit: int | None = None
+
+
+def with_listed(
+    devices: Sequence[Device], names: Sequence[str], labels: Sequence[str], sizes: Sequence[int]
+) -> tuple[Device, ...]:
+    """Return the devices with those that llama-server lists (``Vulkan0``) and nobody else has found, as the last.
+
+    The same GPU may be known by another backend's name, so only what it lists more than were found is added.
+    """
+    first = max((device.index for device in devices), default=-1) + 1
+    missing = list(zip(names, labels, sizes, strict=False))[len(devices) :]  # an older launcher tells names alone
+    more = [
+        Device(first + number, label, name.rstrip("0123456789"), total=size or None)
+        for number, (name, label, size) in enumerate(missing)
+    ]
+    return (*devices, *more)
 
 
 @dataclass(frozen=True, slots=True)

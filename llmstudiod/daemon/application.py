@@ -112,7 +112,7 @@ class Application:
             clock=clock,
             keys=keys,
             more_faults=self._more_faults,
-            gpus=AdminGpus(self.machine, self.supervisor),
+            gpus=AdminGpus(self.machine, self.supervisor, self.planner.binary),
         )
         self._put_in_force(found)
         self._servers: list[asyncio.Server] = []

@@ -1,12 +1,16 @@
 """GET /gpus of the admin interface: what the machine has, measured now, with vllm-studio's names of fields and ours."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from llmstudiod.core.devices import Device, DeviceProcess, Machine
+from llmstudiod.core.command import ServerBinary
+from llmstudiod.core.devices import Device, DeviceProcess, Machine, with_listed
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.placement import Wish
 from llmstudiod.http.answers import json_response
@@ -19,7 +23,13 @@ if TYPE_CHECKING:
 class AdminGpus:
     """The route, mounted by the admin interface, which decides who may use it. ``measure`` blocks."""
 
-    def __init__(self, measure: Callable[[], Machine], supervisor: Supervisor) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], Machine],
+        supervisor: Supervisor,
+        binary: Callable[[], Awaitable[ServerBinary]],
+    ) -> None:
+        self._binary = binary
         self._measure = measure
         self._supervisor = supervisor
 
@@ -29,6 +39,10 @@ class AdminGpus:
 
     async def _gpus(self, _: web.Request) -> web.Response:
         machine = await asyncio.to_thread(self._measure)
+        with contextlib.suppress(LlmstudioError):  # without a llama-server there are still GPUs
+            found = await self._binary()
+            listed = with_listed(machine.devices, found.devices, found.device_labels, found.device_bytes)
+            machine = replace(machine, devices=listed)
         return json_response(machine_answer(machine, self._pids(), self._promised()))
 
     async def held_by(self, shown: InstanceView) -> list[dict[str, Any]]:

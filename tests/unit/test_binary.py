@@ -102,6 +102,8 @@ async def test_binary_tells_version_flags_and_devices(program: Path) -> None:
         version="11669 (abc)",
         known_flags=frozenset({"-m", "--model", "--n-gpu-layers", "--offline"}),
         devices=("CUDA0",),
+        device_labels=("A",),
+        device_bytes=(81000 << 20,),
     )
     assert sorted(calls(program)) == ["--completion-bash", "--help", "--list-devices", "--version"]
 

@@ -15,7 +15,7 @@ import pytest
 from llmstudiod.adapters.devices import Devices
 from llmstudiod.adapters.host_memory import read_host_memory
 from llmstudiod.adapters.sysfs_gpus import read_sysfs_gpus
-from llmstudiod.core.devices import Device, DeviceProcess, HostMemory, Machine
+from llmstudiod.core.devices import Device, DeviceProcess, HostMemory, Machine, with_listed
 from llmstudiod.ctl import gpus
 from llmstudiod.ctl.client import Client
 from llmstudiod.http.admin_gpus import machine_answer
@@ -235,6 +235,25 @@ def test_answer_has_the_names_of_old_clients() -> None:
     assert told["host"] == {
         "memory_total": 64 * GIB, "memory_used": 24 * GIB, "memory_available": 40 * GIB, "memory_limit": 32 * GIB,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "listed", "expected"),
+    [
+        ((), ("Vulkan0",), [(0, "Vulkan", "llvmpipe (LLVM 21)", 24 * GIB)]),
+        ((Device(0, "H100", "CUDA"),), ("Vulkan0",), []),  # the same one by another name
+        ((Device(2, "H100", "CUDA"),), ("CUDA0", "Vulkan0"), [(3, "Vulkan", "llvmpipe (LLVM 21)", 24 * GIB)]),
+        ((Device(0, "H100", "CUDA"),), (), []),
+    ],
+)
+def test_devices_that_llama_server_alone_knows_are_shown(
+    found: tuple[Device, ...], listed: tuple[str, ...], expected: list[tuple[int, str, str, int]]
+) -> None:
+    """Such as one that the processor plays."""
+    labels, sizes = ("llvmpipe (LLVM 21)",) * len(listed), (24 * GIB,) * len(listed)
+    every = with_listed(found, listed, labels, sizes)
+    assert every[: len(found)] == found
+    assert [(each.index, each.kind, each.name, each.total) for each in every[len(found) :]] == expected
 
 
 def test_promises_are_told() -> None:
