@@ -56,4 +56,14 @@ def with_gpus(memory: Memory, gpus: Sequence[Device], reserved: Mapping[str, int
         free=Room(memory.free.host, free),
         names=tuple(each.label for each in gpus),
         uuids=tuple(str(each.uuid) for each in gpus),
+        taken=_taken(gpus),
     )
+
+
+def _taken(gpus: Sequence[Device]) -> dict[str, tuple[int, ...]]:
+    """Return what each of our models has of each GPU."""
+    models = {process.model for each in gpus for process in each.processes if process.model is not None}
+    return {
+        model: tuple(sum(process.used or 0 for process in each.processes if process.model == model) for each in gpus)
+        for model in models
+    }

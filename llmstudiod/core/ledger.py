@@ -5,8 +5,8 @@ and knows nothing of other programs. And what was measured to be free, less what
 knows of other programs, and is as old as the measurement.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from llmstudiod.core.placement import Placement, Room
 
@@ -25,13 +25,17 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the machine has for models, and what of it was free ``at`` a moment; what is reserved is taken off both."""
+    """What the machine has for models, and what of it was free ``at`` a moment; what is reserved is taken off both.
+
+    ``taken``: bytes of each device that each of our models has, where the driver tells.
+    """
 
     at: float
     capacity: Room
     free: Room
     names: tuple[str, ...] = ()
     uuids: tuple[str, ...] = ()
+    taken: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def room(self, holdings: Iterable[Holding], claims: Iterable[Room] = ()) -> Room:
         """Return what is left beside those who hold something, and beside ``claims``, which were promised."""
@@ -55,12 +59,14 @@ class Memory:
         return replace(self, free=free)
 
 
-def holding(placement: Placement, memory: Memory, *, is_taken: bool) -> Holding:
-    """Return what a placement holds; ``is_taken``: its model was ready when the memory was measured."""
+def holding(model: str, placement: Placement, memory: Memory, *, is_taken: bool) -> Holding:
+    """Return what a model's placement holds; ``is_taken``: it was ready when the memory was measured."""
     n_devices = len(memory.free.devices)
     held = placement.held(n_devices, memory.uuids)
     if not is_taken:
-        return Holding(held, held)
+        taken = memory.taken.get(model, (0,) * n_devices)
+        devices = tuple(max(0, size - part) for size, part in zip(held.devices, taken, strict=True))
+        return Holding(held, Room(held.host, devices))
     mapped = placement.estimate.host.weights - placement.estimate.repacked
     later = mapped + placement.estimate.prompt_cache
     return Holding(held, Room(min(held.host, later), (0,) * n_devices))

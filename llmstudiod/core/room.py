@@ -28,6 +28,11 @@ def leaving(instances: Instances) -> list[Instance]:
     return [instance for instance in instances if instance.state in {State.DRAINING, State.STOPPING}]
 
 
+def is_anybody_loading(instances: Instances) -> bool:
+    """Whether somebody is on the way to what was promised to it."""
+    return any(instance.state in {State.STARTING, State.LOADING} for instance in instances)
+
+
 def recallable(instances: Instances) -> list[Instance]:
     """Return the busy ones that were only asked to go, and may serve on."""
     evicted = StopCause.EVICT

@@ -276,6 +276,7 @@ class Scheduler:
         instance.facts = event.facts
         instance.progress = None
         instance.is_second_try = False
+        self.watch.outdate()  # what it has taken was promised until now
         instance.ready_at = instance.idle_since = event.at
         self._move(instance, State.READY, event.at, "/health answers 200")
         self._set_idle_timer(instance, event.at)
@@ -523,7 +524,7 @@ class Scheduler:
         from llmstudiod.core.seating import seating, used_by_others  # slow to import: nobody waits for it at a start
 
         memory = self.watch.memory if is_planned else None
-        is_settling = self.watch.is_settling(at)
+        is_settling = self.watch.is_settling(at) or room.is_anybody_loading(instances)
         if memory is not None and not is_settling:
             self.watch.others = used_by_others(instances, memory)
         found = seating(

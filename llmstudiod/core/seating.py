@@ -155,8 +155,9 @@ class _Table:
     def holdings(self, instances: Iterable[Instance]) -> list[Holding]:
         """Return what these hold."""
         assert self._memory is not None
+        at = self._memory.at
         return [
-            holding(each.placement, self._memory, is_taken=each.facts is not None and each.ready_at < self._memory.at)
+            holding(each.spec.id, each.placement, self._memory, is_taken=each.facts is not None and each.ready_at <= at)
             for each in instances
             if each.placement is not None
         ]
@@ -178,7 +179,8 @@ def seating(
 ) -> Seating:
     """Return what should happen now.
 
-    ``settling``: somebody has gone so recently that memory may follow later; what other programs used before that.
+    ``settling``: somebody has gone so recently that memory may follow later, or somebody loads, and what he has taken
+    counts twice, as used and as promised; then it is what other programs used before that.
     """
     found = Seating()
     residents = [each for each in instances if each.is_resident]

@@ -144,8 +144,8 @@ def test_weights_that_the_cpu_copies_count_once() -> None:
     found = place(replace(WISH, shape=shape), Room(need.host.total))
     assert found is not None
     memory = Memory(0.0, room(), room())
-    assert holding(found, memory, is_taken=True).untaken.host == need.host.weights - 4 * GIB
-    assert holding(found, memory, is_taken=False).untaken.host == need.host.total
+    assert holding("m", found, memory, is_taken=True).untaken.host == need.host.weights - 4 * GIB
+    assert holding("m", found, memory, is_taken=False).untaken.host == need.host.total
 
 
 def test_held_is_told_for_each_device() -> None:

@@ -52,6 +52,7 @@ class MemoryWorld(World):
     lag_s: float = 1.0
     measurements: int = 0
     can_dry_run: bool = False
+    are_processes_told: bool = False
     dry_runs: list[str] = field(default_factory=list)
     real: dict[str, float] = field(default_factory=dict)  # how much more than its estimate a model takes
 
@@ -80,7 +81,11 @@ class MemoryWorld(World):
             case MeasureMemory():
                 self.measurements += 1
                 names = tuple(f"GPU {n}" for n in range(len(self.capacity.devices)))
-                memory = Memory(self.now, self.capacity, self.free(), names)
+                alive = {
+                    model: self.placements[model, run].held(len(names)).devices for model, run in self.alive.items()
+                }
+                taken = alive if self.are_processes_told else {}
+                memory = Memory(self.now, self.capacity, self.free(), names, taken=taken)
                 self._vetted.append(MemoryMeasured(self.now, action.number, memory))
             case VetPlan():
                 failure = self.script(action.model).vet_failure
@@ -335,6 +340,24 @@ def test_second_try_waits_until_memory_is_back() -> None:
     assert world.place(number) is Place.IN_FLIGHT
 
 
+@pytest.mark.parametrize("is_told", [False, True], ids=["all", "each"])
+def test_what_a_loading_one_has_taken_does_not_count_twice(*, is_told: bool) -> None:
+    """It is measured as used and promised as well: the next one waits for a moment rather than get less, or nothing."""
+    world = world_of(wish("a", 14), wish("b", 9, n_gpu_layers=None), wish("c", 14))
+    world.are_processes_told = is_told
+    world.ask("a")
+    world.advance(2.5)  # a has its memory, and goes on loading
+    assert world.state("a") is State.LOADING
+    number, refused = world.ask("b"), world.ask("c")
+    assert world.state("b") is (State.STARTING if is_told else State.STOPPED)
+    world.advance(LOAD_S)
+    assert world.place(number) is not Place.SETTLED
+    world.advance(LOAD_S + 2)
+    assert world.place(number) is Place.IN_FLIGHT
+    assert world.placements["b", world.starts[1].run].run.n_gpu_layers == 9
+    assert world.place(refused) is Place.WAITING
+
+
 def test_only_busy_ones_that_help_are_asked_to_go() -> None:
     """A place on the other GPU is no use to it."""
     world = world_of(
@@ -462,6 +485,7 @@ STEPS = st.lists(
     pinned=st.sets(st.sampled_from(MODELS), max_size=1),
     groups=st.sampled_from(GROUPS),
     can_dry_run=st.booleans(),
+    are_processes_told=st.booleans(),
 )
 def test_nothing_overflows_and_nobody_waits_for_ever(
     steps: list[tuple[Any, ...]],
@@ -471,12 +495,13 @@ def test_nothing_overflows_and_nobody_waits_for_ever(
     groups: dict[str, dict[str, frozenset[str]]],
     *,
     can_dry_run: bool,
+    are_processes_told: bool,
 ) -> None:
     """In any course of things; the world checks each start, and that no busy one is cut short for another."""
     wishes = [wish(model, size, n_gpu_layers=None) for model, size in zip(MODELS, sizes, strict=True)]
     changes = {model: {**groups.get(model, {}), "is_pinned": model in pinned} for model in MODELS}
     world = world_of(*wishes, devices=tuple(devices), **changes)
-    world.can_dry_run = can_dry_run
+    world.can_dry_run, world.are_processes_told = can_dry_run, are_processes_told
     for what, value, *more in steps:
         if what == "ask":
             world.ask(value)
