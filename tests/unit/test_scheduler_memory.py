@@ -278,6 +278,15 @@ def test_llama_server_is_asked_where_it_matters() -> None:
     assert world.dry_runs == ["b", "c", "d"]
 
 
+def test_llama_server_is_asked_where_the_formulas_were_not_validated() -> None:
+    """Also where there is room for twice as much."""
+    model = wish("a", 4)
+    world = world_of(replace(model, shape=replace(model.shape, architecture="new-one")))
+    world.can_dry_run = True
+    serve(world, "a")
+    assert world.dry_runs == ["a"]
+
+
 def test_what_a_dry_run_tells_counts_before_anybody_goes() -> None:
     """It needs less than was thought, so nobody has to go for it."""
     world = world_of(wish("a", 14), wish("b", 12))
