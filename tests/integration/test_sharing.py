@@ -95,4 +95,5 @@ def test_last_run_teaches(daemon: RunningDaemon) -> None:
     assert placement()["source"] == "the estimate"
     assert daemon.ctl("load", "a").returncode == 0
     wait_until(lambda: placement()["source"] == "its last run")
+    assert daemon.ctl("unload", "a").returncode == 0
     assert placement()["place"]["estimate"]["host"]["kv"] == 2 * first["kv"]
