@@ -6,6 +6,7 @@ are tasks, one start and one stop for each model, and everybody else reads immut
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections import deque
@@ -174,7 +175,10 @@ class Supervisor:
 
     async def preview(self, model: str, wish: Wish | None) -> "Preview | None":
         """Return what would happen if the model were wanted now; None where memory is not planned."""
-        memory = None if self._measure is None else await asyncio.to_thread(self._measure, self._clock())
+        memory = None
+        if self._measure is not None:
+            await self._planner.binary()
+            memory = await asyncio.to_thread(self._measure, self._clock())
         if memory is None or self._scheduler.view(model) is None:
             return None
         return self._scheduler.preview(model, wish, memory, self._clock())
@@ -370,6 +374,8 @@ class Supervisor:
         memory = None
         try:
             if self._measure is not None:
+                with contextlib.suppress(LlmstudioError):  # whoever plans a start tells what is wrong with it
+                    await self._planner.binary()  # it says which GPUs count
                 memory = await asyncio.to_thread(self._measure, self._clock())
         finally:
             self.post(MemoryMeasured(self._clock(), number, memory))

@@ -104,6 +104,10 @@ class FakePlanner(Planner):
         self.wishes: dict[str, Wish] = {}
         self.placements: list[tuple[str, Placement | None]] = []
 
+    async def binary(self) -> ServerBinary:
+        """Return one that nobody runs."""
+        return ServerBinary(("fake",), "test")
+
     async def plan(self, entry: RecipeEntry, placement: Placement | None = None) -> Plan:
         """Return a plan with nothing but the socket and the name."""
         recipe = entry.recipe
@@ -117,4 +121,4 @@ class FakePlanner(Planner):
             socket_path=self._fake_launcher.socket_path(recipe.id),
         )
         command = Command(("fake",), {}, Context(4096, 4, 16384))
-        return Plan(request, command, ServerBinary(("fake",), "test"), recipe.alias, wish=self.wishes.get(recipe.id))
+        return Plan(request, command, await self.binary(), recipe.alias, wish=self.wishes.get(recipe.id))
