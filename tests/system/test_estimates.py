@@ -46,13 +46,15 @@ PAIRS = [(name, flags) for name, flags in itertools.product(ZOO, CASES) if not (
 
 @pytest.mark.parametrize(("name", "flags"), PAIRS)
 def test_estimate_is_what_llama_server_counts(host: Host, zoo: Path, name: str, flags: str) -> None:
-    """KV to the rounding of its log, weights likewise, compute buffers within 6 %."""
+    """KV to the rounding of its log, weights likewise, compute buffers within 6 %, and so is the total."""
     seen = _run(host, name, flags)
     shape, run = _shape(zoo / f"{name}.gguf"), Run(**CASES[flags])
     need = estimate(shape, run)
     assert need.kv / MIB == pytest.approx(seen.cache, abs=0.006 * seen.lines)
     assert need.host.weights / MIB == pytest.approx(seen.model, abs=0.02)
     assert compute_bytes(shape, run) / MIB == pytest.approx(seen.compute, rel=DRY_RUN_COUNTS.get(name, WITHIN))
+    total = need.host.weights + need.kv + compute_bytes(shape, run)
+    assert total / MIB == pytest.approx(seen.model + seen.cache + seen.compute, rel=WITHIN)
 
 
 def _shape(path: Path) -> ModelShape:
