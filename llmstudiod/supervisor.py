@@ -408,7 +408,7 @@ class Supervisor:
             raise
         finally:
             running.launched.set()
-        logger.info("%s: %s runs as pid %d", model, running.unit.name, running.unit.pid)
+        logger.info("%s: %s was started, pid %d", model, running.unit.name, running.unit.pid)
         self.post(UnitStarted(self._clock(), model, running.run))
         if self._launcher.outlives_us and action.placement is not None:
             remember = self._planner.learning.remember

@@ -44,6 +44,8 @@ def with_gpus(
     Raises:
         AccessDeniedError: A GPU is asked for that the recipe does not allow.
     """
+    if request.decisions.n_gpu_layers == 0:  # it lies on the CPU
+        return request
     uuids = {str(index): uuid for index, (uuid, _) in enumerate(minors)}
     named = None if allowed is None else [] if allowed == "none" else [uuids.get(name, name) for name in allowed]
     if named is not None and (more := [gpu for gpu in asked if gpu not in named]):

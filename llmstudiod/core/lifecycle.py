@@ -114,6 +114,7 @@ class Instance:
     in_flight: dict[int, int | None] = field(default_factory=dict)  # ticket -> cost in tokens
     unload_tickets: list[int] = field(default_factory=list)
     stop_cause: StopCause | None = None
+    evicted_for: str = ""
     failure: Failure | None = None
     failures: int = 0
     retry_at: float = 0.0
@@ -133,6 +134,13 @@ class Instance:
     is_being_vetted: bool = False
     wish: Wish | None = None  # what it needs, once its plan was checked; None: not known
     placement: Placement | None = None  # where its process lies, while there is one
+
+    @property
+    def why_stopped(self) -> str:
+        """Why it goes, for its story."""
+        if self.stop_cause is StopCause.EVICT and self.evicted_for:
+            return f"evicted for {self.evicted_for}"
+        return self.stop_cause.value if self.stop_cause else "asked for"
 
     @property
     def protects(self) -> frozenset[str]:

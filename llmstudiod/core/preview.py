@@ -45,7 +45,7 @@ def preview(
     placement = next((place for _, place in (*found.start, *found.promised)), None)
     return Preview(
         placement,
-        evicts=tuple(each.spec.id for each in found.stop),
+        evicts=tuple(each.spec.id for each, _ in found.stop),
         waits_for=tuple(each.spec.id for _, busy in found.crowded for each in busy),
         error=next((error for _, error in found.hopeless), None),
         account=sums,

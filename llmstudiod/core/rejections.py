@@ -4,6 +4,7 @@ from llmstudiod.core.errors import (
     BackingOffError,
     LlmstudioError,
     LoadFailedError,
+    LoadStalledError,
     ModelNotFoundError,
     QueueFullError,
     ShuttingDownError,
@@ -77,6 +78,17 @@ def failed(model: str, failure: Failure, *, was_serving: bool) -> LlmstudioError
     if was_serving:
         return UpstreamCrashedError(f"'{model}' ended: {failure.message}", hint=failure.hint, details=details)
     return LoadFailedError(f"cannot load '{model}': {failure.message}", hint=failure.hint, details=details)
+
+
+def stall(instance: Instance) -> Failure:
+    """Nothing has moved while it loaded."""
+    message = f"'{instance.spec.id}' showed no progress for {instance.spec.stall_timeout_s:.0f} s while loading"
+    return Failure("load_stalled", message, "see its log; load_stall_timeout sets the limit")
+
+
+def stalled(failure: Failure) -> LlmstudioError:
+    """The same, for whoever waited."""
+    return LoadStalledError(failure.message, hint=failure.hint)
 
 
 def all_pinned(model: str, max_instances: int) -> LlmstudioError:

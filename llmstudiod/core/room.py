@@ -17,6 +17,14 @@ from llmstudiod.core.placement import Placement
 Instances = Collection[Instance]
 
 
+def look(instances: Instances) -> object:
+    """Return what is the same for as long as nothing has changed that decides who may come and who must go."""
+    return [
+        (each.state, not each.in_flight, next(iter(each.waiters), 0), each.is_vetted, each.is_proven, each.stop_cause)
+        for each in instances
+    ]
+
+
 def wanted(instances: Instances) -> list[Instance]:
     """Return who has waiters and no process: highest priority first, then whoever has the oldest waiter."""
     found = [instance for instance in instances if instance.waiters and not instance.is_resident]
@@ -65,6 +73,18 @@ def idle_neighbours(instances: Instances, placement: Placement | None) -> list[I
         return idle
     gpus = set(placement.gpus)
     return [each for each in idle if each.placement is None or gpus & set(each.placement.gpus)]
+
+
+def may_try_again(instance: Instance, others: Instances) -> bool:
+    """Whether it is worth a second try when ``others`` have gone, or on other GPUs, for somebody who waits."""
+    is_placed = instance.placement is not None and bool(instance.placement.gpus)
+    return bool(instance.waiters) and not instance.is_second_try and (bool(others) or is_placed)
+
+
+def idle_since(instance: Instance, instances: Instances, at: float) -> float:
+    """Return since when it has been idle, and those that are always loaded with it; ``at`` where one is in use."""
+    fellows = [each for each in evictable(instances) if each.spec.id in instance.spec.companions]
+    return max(each.idle_since if each.is_idle else at for each in (instance, *fellows))
 
 
 def oldest_arrival(instance: Instance) -> float:

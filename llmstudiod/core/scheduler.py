@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
 from llmstudiod.core import rejections, room
-from llmstudiod.core.errors import LlmstudioError, LoadStalledError
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.events import (
     Action,
     BecameReady,
@@ -72,6 +72,7 @@ class Scheduler:
         self._last_run = 0
         self._n_draining = 0
         self._is_shutting_down = False
+        self._seen: object = None
         self._actions: list[Action] = []
         self.watch = MemoryWatch()
 
@@ -87,8 +88,7 @@ class Scheduler:
         return [view(instance) for _, instance in sorted(self._instances.items())]
 
     def _is_up(self, model: str) -> bool:
-        instance = self._instances.get(model)
-        return instance is not None and instance.is_resident
+        return model in self._instances and self._instances[model].is_resident
 
     def is_quiet(self) -> bool:
         """Whether no instance holds a process."""
@@ -147,14 +147,22 @@ class Scheduler:
                 assert_never(event)
         # Whatever happened may have made a wish, a place or an idle instance; asking again changes nothing.
         # Nearly always nobody waits and nobody drains, and this is asked twice for each request.
-        if self._waiting_in or self._n_draining:
+        if (self._waiting_in or self._n_draining) and not self._is_as_before(event):
+            n_before = len(actions)
             self._make_room(event.at)
+            self._seen = room.look(self._instances.values()) if len(actions) == n_before else None
         return actions
+
+    def _is_as_before(self, event: Event) -> bool:
+        """Whether a request has changed nothing that matters to those who wait; looking at all takes a millisecond."""
+        if not isinstance(event, RequestArrived | RequestEnded) or self._seen is None:
+            return False
+        is_known = not self.watch.is_on or self.watch.is_fresh(event.at)
+        return is_known and self._seen == room.look(self._instances.values())
 
     def _of_run(self, event: OfRun, handler: Callable[[Instance, OfRun], None]) -> None:
         """Pass an event on unless it speaks of a run that is over."""
-        instance = self._instances.get(event.model)
-        if instance is not None and instance.run == event.run:
+        if (instance := self._instances.get(event.model)) is not None and instance.run == event.run:
             handler(instance, event)
 
     # Requests
@@ -310,15 +318,13 @@ class Scheduler:
 
         It needs more than was promised to it, or somebody else has taken it.
         """
-        if event.failure.kind != "oom_vram" or not instance.waiters or instance.is_second_try:
-            return False
-        placement, at = instance.placement, event.at
-        others = room.idle_neighbours(self._instances.values(), placement)
-        if not others and (placement is None or not placement.gpus):
+        at, others = event.at, room.idle_neighbours(self._instances.values(), instance.placement)
+        if event.failure.kind != "oom_vram" or not room.may_try_again(instance, others):
             return False
         self._fail(instance, at, event.failure)
         instance.failures, instance.retry_at, instance.is_second_try = 0, at, True
         for other in others:
+            other.evicted_for = instance.spec.id
             self._stop(other, at, cause=StopCause.EVICT)
         return True
 
@@ -338,20 +344,20 @@ class Scheduler:
         if not instance.in_flight:
             self._stop(instance, at)
             return
-        self._move(instance, State.DRAINING, at, cause.value)
+        self._move(instance, State.DRAINING, at, instance.why_stopped)
         if cause is not StopCause.EVICT:
             self._set_timer(instance, Timer.DRAIN, at + instance.spec.drain_timeout_s)
 
     def _stop(self, instance: Instance, at: float, *, cause: StopCause | None = None, is_forced: bool = False) -> None:
         instance.stop_cause = cause or instance.stop_cause
-        self._move(instance, State.STOPPING, at, instance.stop_cause.value if instance.stop_cause else "asked for")
+        self._move(instance, State.STOPPING, at, instance.why_stopped)
         self._actions.append(StopUnit(instance.spec.id, instance.run, is_forced))
 
     def _gone(self, instance: Instance, event: UnitGone) -> None:
         if instance.state is not State.STOPPING:
             return
         if instance.stop_cause is StopCause.STALLED and instance.failure is not None and not instance.is_removed:
-            self._refuse_waiters(instance, LoadStalledError(instance.failure.message, hint=instance.failure.hint))
+            self._refuse_waiters(instance, rejections.stalled(instance.failure))
             self._fail(instance, event.at, instance.failure)
             return
         self._settle(instance, event.at, "no process is left")
@@ -374,7 +380,7 @@ class Scheduler:
         instance.progress = None
 
     def _answer_unloads(self, instance: Instance) -> None:
-        self._actions += [Done(ticket) for ticket in instance.unload_tickets]
+        self._actions += map(Done, instance.unload_tickets)
         instance.unload_tickets.clear()
 
     def _move(self, instance: Instance, new: State, at: float, cause: str) -> None:
@@ -411,9 +417,7 @@ class Scheduler:
         timeout_s = instance.spec.idle_timeout_s
         if not timeout_s or instance.spec.is_pinned or not instance.is_resident:
             return
-        staying = room.evictable(self._instances.values())
-        fellows = [each for each in staying if each.spec.id in instance.spec.companions]
-        due_at = max(each.idle_since if each.is_idle else at for each in (instance, *fellows)) + timeout_s
+        due_at = room.idle_since(instance, self._instances.values(), at) + timeout_s
         if due_at > at:
             self._set_timer(instance, Timer.IDLE, due_at)
         else:
@@ -426,9 +430,8 @@ class Scheduler:
         if due_at > at:
             self._set_timer(instance, Timer.STALL, due_at)
             return
-        message = f"'{instance.spec.id}' showed no progress for {instance.spec.stall_timeout_s:.0f} s while loading"
-        instance.failure = Failure("load_stalled", message, "see its log; load_stall_timeout sets the limit")
-        self._refuse_waiters(instance, LoadStalledError(message, hint=instance.failure.hint))
+        instance.failure = rejections.stall(instance)
+        self._refuse_waiters(instance, rejections.stalled(instance.failure))
         self._stop(instance, at, cause=StopCause.STALLED, is_forced=True)
 
     # Operators
@@ -538,7 +541,8 @@ class Scheduler:
     def _arrange(self, found: "Seating", at: float) -> None:
         for instance, placement in found.start:
             self._start(instance, at, placement)
-        for instance in found.stop:
+        for instance, wanted in found.stop:
+            instance.evicted_for = wanted.spec.id
             self._stop(instance, at, cause=StopCause.EVICT if instance.is_idle else StopCause.ABANDONED)
         for instance in found.recall:
             self._recall(instance, at)
@@ -592,5 +596,5 @@ class Scheduler:
                 self._set_timer(wanted, Timer.OVERTAKE, due_at)
             return
         for victim in busy:
-            victim.yields_to = wanted
+            victim.yields_to, victim.evicted_for = wanted, wanted.spec.id
             self._drain(victim, at, StopCause.EVICT)

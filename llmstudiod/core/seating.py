@@ -33,7 +33,7 @@ Unit = tuple[Instance, ...]
 
 @dataclass(slots=True)
 class Seating:
-    """What should happen. ``start`` with the placement, None where memory is not planned.
+    """What should happen. ``start`` with the placement, None where memory is not planned; ``stop`` for whom.
 
     ``unknown``: they may only start, or cost somebody his place, when their plan has been checked, or checked better.
     ``crowded``: only busy ones could make room, and these should. ``hopeless``: nobody could, with the reason, None for
@@ -42,7 +42,7 @@ class Seating:
     """
 
     start: list[tuple[Instance, Placement | None]] = field(default_factory=list)
-    stop: list[Instance] = field(default_factory=list)
+    stop: list[tuple[Instance, Instance]] = field(default_factory=list)
     recall: list[Instance] = field(default_factory=list)
     unknown: list[Instance] = field(default_factory=list)
     crowded: list[tuple[Instance, list[Instance]]] = field(default_factory=list)
@@ -63,6 +63,22 @@ class _Table:
     def claim(self, wanted: Instance, placement: Placement) -> None:
         """Promise a place."""
         self._claims.append((wanted, placement))
+
+    def claim_soon(self, wanted: Instance, without: Collection[Instance], others: Room | None) -> None:
+        """Keep for it what it will get when memory has settled, so that nobody who came later takes that meanwhile.
+
+        Beside everybody, or else beside those who stay in any case.
+        """
+        if self._memory is None or wanted.wish is None:
+            return
+        staying = [each for each in self._residents if each not in without]
+        for neighbours in (self._residents, staying):
+            claims = [*self._held(), others or Room(0, (0,) * len(self._memory.free.devices))]
+            there = self._memory.room_by_books(self.holdings(neighbours), claims)
+            for grade in self._grades(wanted):
+                if placement := _place(wanted.wish, there, grade):
+                    self.claim(wanted, placement)
+                    return
 
     def best_grade(self, wanted: Instance, without: Collection[Instance]) -> Grade | None:
         """Return how good its place could be, if those ``without`` had gone and nothing was promised; None: none."""
@@ -195,11 +211,13 @@ def seating(
             continue
         if wanted.is_second_try and (going or (settling is not None and not table.is_at_rest(settling))):
             found.settling.append(wanted)  # what was too small for it must not be so again
+            table.claim_soon(wanted, all_that_may_go, settling)
             continue
         everyone = [each for each in all_that_may_go if each.spec.id not in wanted.protects]
         grade = table.best_grade(wanted, everyone)
         if settling is not None and wanted.is_vetted and table.is_better_soon(wanted, everyone, grade, settling):
             found.settling.append(wanted)
+            table.claim_soon(wanted, everyone, settling)
             continue
         placement = None if grade is None else table.placement(wanted, (), grade)
         is_sure = wanted.is_proven or (memory is None and wanted.is_vetted)
@@ -212,12 +230,14 @@ def seating(
             continue
         if not is_sure:
             found.unknown.append(wanted)
+            table.claim_soon(wanted, everyone, settling)
             continue
         if grade is None:
             found.hopeless.append((wanted, table.why_not(wanted, everyone)))
             continue
         if settling is not None and table.is_settling(wanted, grade, settling):
             found.settling.append(wanted)
+            table.claim_soon(wanted, everyone, settling)
             continue
         others = [unit for unit in unused if not any(each.spec.id in wanted.protects for each in unit)]
         placement, leaving = _with_others_gone(table, wanted, grade, going, [*others, *spare])
@@ -227,7 +247,7 @@ def seating(
             continue
         table.claim(wanted, placement)
         found.promised.append((wanted, placement))
-        found.stop += [each for unit in leaving if unit in unused for each in unit]
+        found.stop += [(each, wanted) for unit in leaving if unit in unused for each in unit]
         going += _all(leaving)
         unused = [unit for unit in unused if unit not in leaving]
         spare = [unit for unit in spare if unit not in leaving]

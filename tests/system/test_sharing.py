@@ -94,7 +94,7 @@ def test_idle_one_goes_for_the_next(sharing: Daemon) -> None:
     assert (plan["evicts"], plan["error"]) == (["a"], None)
     assert sharing.chat("b")
     assert sharing.status("a")["state"] == "stopped"
-    assert [step["cause"] for step in sharing.status("a")["story"]][-2] == "evicted"
+    assert [step["cause"] for step in sharing.status("a")["story"]][-2] == "evicted for b"
     assert "promised" not in sharing.ctl("gpus")
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from llmstudiod.core.errors import AccessDeniedError
 from llmstudiod.core.gpu_nodes import gpu_nodes, nvidia_minors, with_gpus
-from llmstudiod.core.launch import LaunchRequest
+from llmstudiod.core.launch import Decisions, LaunchRequest
 
 # As the driver writes them; the second GPU of the bus has the minor 0.
 INFORMATION = {
@@ -85,3 +85,9 @@ def test_gpu_that_the_recipe_does_not_allow_is_refused(allowed: tuple[str, ...],
     """Whoever asks for it."""
     with pytest.raises(AccessDeniedError, match=f"does not allow {asked}"):
         with_gpus(request_of(), allowed, (asked,), backends=["CUDA0"], minors=MINORS, nodes=NODES)
+
+
+def test_model_that_lies_on_the_cpu_gets_no_gpu() -> None:
+    """Nobody asked for one, which is not the same as for any."""
+    placed = LaunchRequest("m", "", None, (), {"CUDA_VISIBLE_DEVICES": ""}, "", decisions=Decisions(n_gpu_layers=0))
+    assert with_gpus(placed, None, (), backends=["CUDA0"], minors=MINORS, nodes=NODES) == placed

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmstudiod.core import seating
 from llmstudiod.core.errors import DoesNotFitError
 from llmstudiod.core.events import (
     Action,
@@ -21,7 +22,7 @@ from llmstudiod.core.events import (
     VetPlan,
 )
 from llmstudiod.core.ledger import Memory
-from llmstudiod.core.lifecycle import State
+from llmstudiod.core.lifecycle import State, UpstreamFacts
 from llmstudiod.core.memory import MIB, Run
 from llmstudiod.core.model_shape import Layer, ModelShape
 from llmstudiod.core.placement import Placement, Room, Wish, place
@@ -190,6 +191,57 @@ def test_memory_is_waited_for_until_it_is_measured_free() -> None:
     world.advance(LOAD_S)
     assert world.place(number) is Place.IN_FLIGHT
     assert [stop.model for stop in world.stops] == ["a"]
+
+
+def test_who_waits_for_memory_to_come_back_keeps_his_place() -> None:
+    """A younger one must not take the half that is free already: it would have to go again for the older one."""
+    world = world_of(wish("a", 10, gpus=(0,)), wish("b", 10, gpus=(1,)), wish("c", 18), devices=(12, 12))
+    world.script("a").stop_s, world.script("b").stop_s = 0.1, 3.0
+    serve(world, "a", "b")
+    older = world.ask("c")
+    world.advance(3.5)  # both have gone, and what b had is not free yet
+    assert (world.state("b"), world.free().devices[0]) == (State.STOPPED, 12 * GIB)
+    younger = world.ask("a")
+    world.advance(LOAD_S + 2)
+    assert (world.place(older), world.place(younger)) == (Place.IN_FLIGHT, Place.WAITING)
+    assert [start.model for start in world.starts] == ["a", "b", "c"]
+
+
+def test_story_says_for_whom_one_had_to_go() -> None:
+    """Idle or busy."""
+    world = world_of(wish("a", 14), wish("b", 14), wish("c", 14))
+    serve(world, "a", "b")
+    assert [step.cause for step in world.view("a").story][-2:] == ["evicted for b", "no process is left"]
+    busy = world.ask("b")
+    world.ask("c")
+    world.advance(5)
+    world.end(busy)
+    assert [step.cause for step in world.view("b").story][-2:] == ["evicted for c", "evicted for c"]
+
+
+def test_requests_that_change_nothing_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While somebody waits for a busy model, which answers thousands; whatever does change is seen at once."""
+    world = world_of(wish("a", 14), wish("b", 14))
+    world.script("a").facts = UpstreamFacts(n_parallel=4, n_ctx=1000)
+    busy = [world.ask("a"), world.ask("a")]
+    world.advance(LOAD_S + 1)
+    waiting = world.ask("b")
+    looks = 0
+
+    look = seating.seating
+
+    def counted(*given: Any, **named: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return look(*given, **named)
+
+    monkeypatch.setattr(seating, "seating", counted)
+    for _ in range(50):
+        world.end(world.ask("a"))
+    assert looks <= 2
+    world.end(*busy)
+    world.advance(LOAD_S + 5)
+    assert world.place(waiting) is Place.IN_FLIGHT
 
 
 def test_memory_of_other_programs_is_respected() -> None:
