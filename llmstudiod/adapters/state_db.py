@@ -79,13 +79,13 @@ class StateDb:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise sqlite3.DatabaseError(f"it is of version {version}, expected {VERSION}")
-            connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
-            for table in _TABLES:
-                connection.execute(
-                    f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, at REAL NOT NULL, value TEXT NOT NULL)"
-                )
-            connection.execute(f"PRAGMA user_version = {VERSION}")
+            if version != VERSION:
+                connection.execute("PRAGMA journal_mode = WAL")
+                for table in _TABLES:
+                    columns = "key TEXT PRIMARY KEY, at REAL NOT NULL, value TEXT NOT NULL"
+                    connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+                connection.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.Error:
             connection.close()
             raise
