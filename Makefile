@@ -161,7 +161,7 @@ uninstall:      ## stop and remove what `make install` installed; settings and m
 	  systemctl daemon-reload; systemctl reset-failed 'llmstudio*' 2>/dev/null; \
 	  rm -rf /run/llmstudio /run/llmstudio-models /var/lib/llmstudio-launcher; \
 	  rm -rf /var/cache/llmstudio-models /var/cache/private/llmstudio-models; \
-	  rm -f /var/lib/llmstudio/configuration.json; \
+	  rm -f /var/lib/llmstudio/configuration.json /var/lib/llmstudio/state.db*; \
 	  rmdir /var/lib/llmstudio/models /var/lib/llmstudio 2>/dev/null; fi; true
 	@echo "kept, where they are there: $(DESTDIR)/etc/llmstudio (settings, recipes, keys), /var/lib/llmstudio/models," \
 	  "your drop-ins $(UNITDIR)/llmstudio*.d, user llmstudio, groups llmstudio, llmstudio-model and llmstudio-admin"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llmstudiod.core import command
-from llmstudiod.core.command import ModelFiles, ServerBinary, build_command
+from llmstudiod.core.command import ModelFiles, ServerBinary, build_command, can_dry_run, dry_run
 from llmstudiod.core.flags import parse_help_flags, parse_known_flags, undecided_flags
 from llmstudiod.core.recipe import LoraAdapter, Recipe
 
@@ -51,14 +51,20 @@ def test_every_flag_of_the_build_is_decided(host: Host) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_command_line_is_accepted(host: Host, binary: ServerBinary, name: str) -> None:
-    """llama-server's own parser takes what is built for a recipe."""
-    done = host.run(*_argv(RECIPES[name], binary), "--version", check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """llama-server's own parser takes what is built for a recipe, and its dry run."""
+    for argv in (_argv(RECIPES[name], binary), dry_run(_argv(RECIPES[name], binary))):
+        done = host.run(*argv, "--version", check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_build_can_tell_its_memory(binary: ServerBinary) -> None:
+    """Before it takes it."""
+    assert can_dry_run(binary)
 
 
 def test_every_flag_is_tried(binary: ServerBinary) -> None:
     """The recipes above make `build_command` emit each flag that its source spells."""
-    emitted = {word for recipe in RECIPES.values() for word in _argv(recipe, binary)}
+    emitted = {word for recipe in RECIPES.values() for word in dry_run(_argv(recipe, binary))}
     spelled = set(re.findall(r'"(--?[a-z][a-z-]*)"', inspect.getsource(command)))
     assert spelled - emitted == FOR_OTHER_BUILDS
 
