@@ -64,14 +64,14 @@ class _Table:
         """Promise a place."""
         self._claims.append((wanted, placement))
 
-    def claim_soon(self, wanted: Instance, without: Collection[Instance], others: Room | None) -> None:
+    def claim_soon(self, wanted: Instance, going: Collection[Instance], others: Room | None) -> None:
         """Keep for it what it will get when memory has settled, so that nobody who came later takes that meanwhile.
 
-        Beside everybody, or else beside those who stay in any case.
+        Beside everybody, or else when those are gone who go already; nobody is kept from what others use for long.
         """
         if self._memory is None or wanted.wish is None:
             return
-        staying = [each for each in self._residents if each not in without]
+        staying = [each for each in self._residents if each not in going]
         for neighbours in (self._residents, staying):
             claims = [*self._held(), others or Room(0, (0,) * len(self._memory.free.devices))]
             there = self._memory.room_by_books(self.holdings(neighbours), claims)
@@ -211,13 +211,13 @@ def seating(
             continue
         if wanted.is_second_try and (going or (settling is not None and not table.is_at_rest(settling))):
             found.settling.append(wanted)  # what was too small for it must not be so again
-            table.claim_soon(wanted, all_that_may_go, settling)
+            table.claim_soon(wanted, going, settling)
             continue
         everyone = [each for each in all_that_may_go if each.spec.id not in wanted.protects]
         grade = table.best_grade(wanted, everyone)
         if settling is not None and wanted.is_vetted and table.is_better_soon(wanted, everyone, grade, settling):
             found.settling.append(wanted)
-            table.claim_soon(wanted, everyone, settling)
+            table.claim_soon(wanted, going, settling)
             continue
         placement = None if grade is None else table.placement(wanted, (), grade)
         is_sure = wanted.is_proven or (memory is None and wanted.is_vetted)
@@ -230,14 +230,14 @@ def seating(
             continue
         if not is_sure:
             found.unknown.append(wanted)
-            table.claim_soon(wanted, everyone, settling)
+            table.claim_soon(wanted, going, settling)
             continue
         if grade is None:
             found.hopeless.append((wanted, table.why_not(wanted, everyone)))
             continue
         if settling is not None and table.is_settling(wanted, grade, settling):
             found.settling.append(wanted)
-            table.claim_soon(wanted, everyone, settling)
+            table.claim_soon(wanted, going, settling)
             continue
         others = [unit for unit in unused if not any(each.spec.id in wanted.protects for each in unit)]
         placement, leaving = _with_others_gone(table, wanted, grade, going, [*others, *spare])
