@@ -21,7 +21,7 @@ def at_once(instance: Instance | None, event: RequestArrived, *, is_shutting_dow
         return no_model(event.model)
     if is_shutting_down:
         return shutting_down()
-    if event.is_load:
+    if event.is_load and not event.is_along:
         return None
     if instance.state is State.FAILED and event.at < instance.retry_at:
         return backing_off(instance, event.at)

@@ -250,7 +250,7 @@ class Scheduler:
         self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
         instance.placement = placement
         self._actions.append(StartUnit(instance.spec.id, instance.run, placement))
-        self._actions += [LoadToo(model) for model in sorted(instance.spec.companions) if not self._is_up(model)]
+        self._actions += [LoadToo(m) for m in sorted(instance.spec.companions - instance.protects) if not self._is_up(m)]
         self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
 
     def _adopt(self, event: UnitFound) -> None:

@@ -499,6 +499,18 @@ def test_always_together_where_both_do_not_fit() -> None:
     assert len(world.starts) == 2
 
 
+def test_always_together_where_both_fail() -> None:
+    """Neither brings the other back in turn, without an end."""
+    always = {"a": {"companions": frozenset("b")}, "b": {"companions": frozenset("a")}}
+    world = world_of(wish("a", 4), wish("b", 4), **always)  # type: ignore[arg-type]
+    world.real = {"a": 9.0, "b": 9.0}
+    world.ask("a")
+    world.advance(100)
+    assert [start.model for start in world.starts].count("a") == 2
+    assert [start.model for start in world.starts].count("b") <= 2
+    assert world.waiting() == []
+
+
 def test_always_together_is_unloaded_together() -> None:
     """The one that was used last keeps the other."""
     idle = {"idle_timeout_s": 30.0}
