@@ -2,7 +2,6 @@
 
 `Scheduler.handle` takes one event and returns the actions that follow. The supervisor is its only caller.
 In every moment each request is in exactly one place: waiting in one instance, in flight in one instance, or gone.
-
 Who has to go when there is not room for all is chosen in `llmstudiod.core.room`.
 """
 
@@ -250,7 +249,8 @@ class Scheduler:
         self._move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
         instance.placement = placement
         self._actions.append(StartUnit(instance.spec.id, instance.run, placement))
-        self._actions += [LoadToo(m) for m in sorted(instance.spec.companions - instance.protects) if not self._is_up(m)]
+        others = sorted(instance.spec.companions - instance.protects)
+        self._actions += [LoadToo(model) for model in others if not self._is_up(model)]
         self._set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
 
     def _adopt(self, event: UnitFound) -> None:
