@@ -84,7 +84,7 @@ sockets     := $(filter %.socket,$(units))
 man_pages   := $(wildcard docs/man/*.[158])
 completions := $(wildcard packaging/completions/*)
 examples    := $(filter-out %/example.yaml.disabled,$(wildcard etc/recipes.d/*))
-documents   := $(wildcard README.md CHANGELOG.md docs/*.md)
+documents   := $(wildcard README.md CHANGELOG.md docs/*.md docs/images/*.png)
 # Pairs: a file here, and where it is installed.
 plain_files := systemd/llmstudiod.sysusers:$(SYSUSERSDIR)/llmstudiod.conf \
   systemd/llmstudiod.tmpfiles:$(TMPFILESDIR)/llmstudiod.conf \
@@ -145,7 +145,7 @@ install:        ## install below PREFIX (/usr/local), start the sockets (root)
 	  { systemctl start $(sockets) || { systemctl is-failed --quiet llmstudiod.socket && \
 	    echo "llmstudiod.socket cannot listen; is its port taken (ss -ltnp)? To choose another: systemctl edit llmstudiod.socket" >&2; }; }; fi
 	@echo "installed; llmstudioctl is $(prefix)/bin/llmstudioctl"
-	@echo "next: put a GGUF into /var/lib/llmstudio/models and run: systemctl reload-or-restart llmstudiod"
+	@echo "next: put a GGUF into /var/lib/llmstudio/models; it is served under its name at http://127.0.0.1:8080/v1"
 
 uninstall:      ## stop and remove what `make install` installed; settings and models stay (root)
 	@$(call may,uninstall)

@@ -136,8 +136,10 @@ class Planner:
         self._last_gpus, self._gpu_fault = (self.backends, found), ""
         return found
 
-    async def plan(self, entry: RecipeEntry, placement: Placement | None = None) -> Plan:
+    async def plan(self, entry: RecipeEntry, placement: Placement | None = None, *, is_draft: bool = False) -> Plan:
         """Return the plan for a recipe, where it was placed if that is known.
+
+        ``is_draft``: it is in no file yet. Whoever trusts files alone is not asked about it then.
 
         Raises:
             LlmstudioError: A file, a flag, the binary or the socket's path will not do; the message says which.
@@ -167,18 +169,20 @@ class Planner:
         known = await asyncio.to_thread(self.learning.known, key)
         request, estimate = _with_limit(request, found, run, binary, known)
         wish = _wish(recipe, found, run, binary, await asyncio.to_thread(self.gpus), known)
-        await self._check(entry, request, binary)
+        if self._program.takes_drafts or not is_draft:
+            await self._check(entry, request, binary)
         return Plan(request, command, binary, recipe.alias, estimate, wish, placement, key)
 
-    async def vet(self, entry: RecipeEntry, *, is_thorough: bool) -> tuple[Wish | None, bool]:
+    async def vet(self, entry: RecipeEntry, *, is_thorough: bool, is_draft: bool = False) -> tuple[Wish | None, bool]:
         """Return what a recipe's model needs, None where llama-server finds its place, and whether that is for sure.
 
-        ``is_thorough``: where nothing was learned yet llama-server is asked, which takes 0.1 s and more.
+        ``is_thorough``: where nothing was learned yet llama-server is asked, which takes 0.1 s and more. ``is_draft``:
+        see `plan`.
 
         Raises:
             LlmstudioError: A file, a flag, the binary or the socket's path will not do; or llama-server cannot load it.
         """
-        plan = await self.plan(entry)
+        plan = await self.plan(entry, is_draft=is_draft)
         wish = plan.wish
         if wish is None or wish.correction.source or not can_dry_run(plan.binary):
             return wish, True
@@ -189,7 +193,10 @@ class Planner:
         found = await asyncio.to_thread(self.learning.after_dry_run, plan.memory_key, wish, n_devices, output)
         if found is not None:
             return replace(wish, correction=found), True
-        failure = explain_exit(result="exit-code", code=1, lines=_messages(output))
+        paths = {file.inside: file.host for file in plan.request.files}
+        failure = explain_exit(
+            result="exit-code", code=1, lines=_messages(output), build=plan.binary.version, paths=paths
+        )
         if failure.kind in _CERTAIN:
             details = {"failure": failure.kind, "lines": list(failure.lines[-20:])}
             message = f"cannot load '{entry.recipe.id}': {failure.message}"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from llmstudiod.core.lifecycle import UpstreamFacts
 
@@ -45,18 +46,95 @@ async def wait_ready(socket_path: str, *, alias: str | None) -> UpstreamFacts | 
 
 async def get(socket_path: str, path: str) -> tuple[int, bytes]:
     """Return status and body; status 0 means that nobody answers yet."""
+    return await ask(socket_path, path, None, within_s=ANSWER_TIMEOUT_S)
+
+
+async def ask(socket_path: str, path: str, sent: bytes | None, *, within_s: float) -> tuple[int, bytes]:
+    """Return status and body of a GET, or of a POST of JSON; status 0 means that nobody answers in time."""
+    method, about = (
+        ("GET", "") if sent is None else ("POST", f"Content-Type: application/json\r\nContent-Length: {len(sent)}\r\n")
+    )
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             reader, writer = await asyncio.open_unix_connection(socket_path, limit=MAX_ANSWER_BYTES)
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: llmstudio\r\nConnection: close\r\n\r\n".encode())
-                head = await reader.readuntil(b"\r\n\r\n")
-                body = await reader.read(MAX_ANSWER_BYTES)
+                head = f"{method} {path} HTTP/1.1\r\nHost: llmstudio\r\nConnection: close\r\n{about}\r\n"
+                writer.write(head.encode() + (sent or b""))
+                answer = await reader.readuntil(b"\r\n\r\n")
+                body = b""
+                while len(body) < MAX_ANSWER_BYTES and (part := await reader.read(MAX_ANSWER_BYTES)):
+                    body += part
             finally:
                 writer.close()
     except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
         return 0, b""
     try:
-        return int(head.split(None, 2)[1]), body
+        return int(answer.split(None, 2)[1]), body
     except (IndexError, ValueError):
         return 0, b""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsSeen:
+    """How far each slot is, and how many do nothing."""
+
+    progress: tuple[tuple[int, int, int], ...]  # task, tokens of its prompt done, tokens produced
+    n_free: int
+
+
+async def slots(socket_path: str) -> SlotsSeen | None:
+    """Return what /slots says, or None where it does not answer. Source: llama-server's README, GET /slots."""
+    status, body = await get(socket_path, "/slots")
+    try:
+        told = json.loads(body) if status == 200 else None
+        if not isinstance(told, list):
+            return None
+        progress = tuple(
+            (_number(slot, "id_task"), _number(slot, "n_prompt_tokens_processed"), _decoded(slot)) for slot in told
+        )
+        return SlotsSeen(progress, sum(not slot.get("is_processing") for slot in told))
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+async def slot_table(socket_path: str) -> list[dict[str, Any]] | None:
+    """Return each slot for people, or None where /slots does not answer: no prompts, no words."""
+    status, body = await get(socket_path, "/slots")
+    try:
+        told = json.loads(body) if status == 200 else None
+    except ValueError:
+        return None
+    if not isinstance(told, list) or not all(isinstance(slot, dict) for slot in told):
+        return None
+    return [
+        {
+            "id": _number(slot, "id"),
+            "is_busy": bool(slot.get("is_processing")),
+            "n_ctx": _number(slot, "n_ctx"),
+            "n_prompt": _number(slot, "n_prompt_tokens_processed"),
+            "n_decoded": _decoded(slot),
+        }
+        for slot in told
+    ]
+
+
+def _number(slot: dict[str, Any], name: str) -> int:
+    value = slot.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _decoded(slot: dict[str, Any]) -> int:
+    tokens = slot.get("next_token")
+    parts = tokens if isinstance(tokens, list) else [tokens]
+    return sum(_number(part, "n_decoded") for part in parts if isinstance(part, dict))
+
+
+async def produces_a_token(socket_path: str, *, is_embedding: bool, within_s: float) -> bool:
+    """Return whether the server computes: one token, or one embedding, asked for with as little as possible."""
+    path, body = (
+        ("/embedding", {"content": "a"})
+        if is_embedding
+        else ("/completion", {"prompt": "a", "n_predict": 1, "cache_prompt": False})
+    )
+    status, _ = await ask(socket_path, path, json.dumps(body).encode(), within_s=within_s)
+    return 0 < status < 500

@@ -1,20 +1,48 @@
-"""What /proc tells of a loading server: whether anything moves."""
+"""What /proc tells of a server: whether anything moves, and how far its load is."""
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
-def progress_mark(pid: int) -> tuple[str, ...]:
-    """Return a value that changes while a process takes memory or reads files; the same value twice: it stands still.
 
-    Its CPU time does not count, or a server that spins for ever would look alive. Source: proc(5), statm and io.
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A process at one moment. ``mark`` is another one whenever it has taken memory or read a file.
+
+    ``resident`` in bytes, mapped files included; ``cpu_s`` in seconds; both None where the process is not to be seen.
     """
-    marks = []
-    for name in ("statm", "io"):
-        try:
-            marks.append(Path(f"/proc/{pid}/{name}").read_text("ascii"))
-        except OSError:
-            marks.append("")
-    return tuple(marks)
+
+    mark: tuple[str, ...] = ()
+    resident: int | None = None
+    cpu_s: float | None = None
+    is_stopped: bool = False
+
+
+def pulse(pid: int) -> Pulse:
+    """Return what can be seen of a process. Source: proc(5): statm, io, stat.
+
+    CPU time is no part of the mark, or a server that spins for ever would look alive while it loads.
+    """
+    statm, io, stat = (_read(pid, name) for name in ("statm", "io", "stat"))
+    resident = cpu_s = None
+    is_stopped = False
+    try:
+        resident = int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+        is_stopped = fields[0] in {"T", "t"}
+        cpu_s = (int(fields[11]) + int(fields[12])) * _TICK_S
+    except (IndexError, ValueError):
+        pass
+    return Pulse((statm, io), resident, cpu_s, is_stopped)
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text("ascii", errors="replace")
+    except OSError:
+        return ""
 
 
 def anonymous_bytes(pid: int) -> int | None:

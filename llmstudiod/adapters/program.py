@@ -15,7 +15,12 @@ from llmstudiod.core.settings import Settings
 
 
 class Program(Protocol):
-    """The program that serves models, asked here or where it will run."""
+    """The program that serves models, asked here or where it will run.
+
+    ``takes_drafts``: whether it may be asked about a recipe that is in no file yet.
+    """
+
+    takes_drafts: bool
 
     def wake(self) -> None:
         """Say that a start will follow."""
@@ -47,6 +52,8 @@ class Program(Protocol):
 
 class LocalProgram:
     """A program that we run ourselves."""
+
+    takes_drafts = True
 
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self._settings = settings

@@ -5,18 +5,23 @@ A faulty recipe is left out and told with file, line and key; the others are ser
 
 import shlex
 import stat
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from llmstudiod.adapters.documents import read_document
-from llmstudiod.core.recipe import Fault, LoadedRecipes
+from llmstudiod.core.last_good import with_last_good
+from llmstudiod.core.recipe import Fault, LoadedRecipes, RecipeEntry
 from llmstudiod.core.recipe_reader import parse_recipes
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 
 
-def load_recipes(directory: Path) -> LoadedRecipes:
-    """Return every recipe of ``directory``; one that does not exist holds none."""
+def load_recipes(directory: Path, before: Sequence[RecipeEntry] = ()) -> LoadedRecipes:
+    """Return every recipe of ``directory``; one that does not exist holds none.
+
+    What has become faulty since ``before`` stays as it was, where nobody but root could have written it.
+    """
     try:
         files = sorted(
             path for path in directory.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(".")
@@ -25,7 +30,7 @@ def load_recipes(directory: Path) -> LoadedRecipes:
         return LoadedRecipes((), ())
     except OSError as error:
         return LoadedRecipes((), (Fault(f"cannot read the directory: {error.strerror}", file=str(directory)),))
-    parts = [_distrusted(path) or load_recipe_file(path) for path in files]
+    parts = [_distrusted(path) or with_last_good(load_recipe_file(path), before, str(path)) for path in files]
     return LoadedRecipes(
         tuple(entry for part in parts for entry in part.entries),
         tuple(fault for part in parts for fault in part.faults),
@@ -52,7 +57,7 @@ def _distrusted(path: Path) -> LoadedRecipes | None:
         message, hint = f"expected nobody but root to write it, found {found}", f"chmod go-w {shlex.quote(str(path))}"
     else:
         return None
-    fault = Fault(message, str(path), hint=f"{hint}, then `systemctl reload llmstudiod`", recipe_id=path.stem)
+    fault = Fault(message, str(path), hint=hint, recipe_id=path.stem)
     recipes = [entry.recipe for entry in load_recipe_file(path).entries]
     named = [replace(fault, recipe_id=each.id, claims=(*each.names, each.model_path)) for each in recipes]
     return LoadedRecipes((), tuple(named) or (fault,))

@@ -8,7 +8,7 @@ A lost, damaged or foreign snapshot costs the time that it would have saved, not
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,18 @@ class Configuration:
 
 def read_snapshot(directory: Path, config: Path) -> Configuration | None:
     """Return the snapshot in ``directory`` if every file is as it was then, else None."""
+    return _read(directory, lambda raw: raw["files"] == identities(config, raw["settings"]["recipes_dir"]))
+
+
+def read_last_good(directory: Path) -> Configuration | None:
+    """Return the last snapshot whatever has happened to the files: it holds what was in force last."""
+    return _read(directory, lambda _: True)
+
+
+def _read(directory: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> Configuration | None:
     try:
         raw = json.loads((directory / NAME).read_bytes())
-        if raw["version"] != __version__ or raw["files"] != _identities(config, raw["settings"]["recipes_dir"]):
+        if raw["version"] != __version__ or not is_wanted(raw):
             return None
         settings = LoadedSettings(
             settings=Settings(**{name: _frozen(value) for name, value in raw["settings"].items()}),
@@ -59,12 +68,12 @@ def write_snapshot(directory: Path, config: Path, found: Configuration, *, began
 
     ``began_ns`` is when the reading began: a file changed since then may not be what was read, so nothing is kept.
     """
-    identities = _identities(config, found.settings.settings.recipes_dir)
-    if any(identity[-1] > began_ns - CLOCK_GRAIN_NS for _, *identity in identities if identity):
+    seen = identities(config, found.settings.settings.recipes_dir)
+    if any(identity[-1] > began_ns - CLOCK_GRAIN_NS for _, *identity in seen if identity):
         return
     raw = {
         "version": __version__,
-        "files": identities,
+        "files": seen,
         "settings": dataclasses.asdict(found.settings.settings),
         "sources": dict(found.settings.sources),
         "setting_faults": [dataclasses.asdict(fault) for fault in found.settings.faults],
@@ -88,7 +97,7 @@ def write_snapshot(directory: Path, config: Path, found: Configuration, *, began
         logger.info("the snapshot of the configuration cannot be written: %s", error)
 
 
-def _identities(config: Path, recipes_dir: str) -> list[list[Any]]:
+def identities(config: Path, recipes_dir: str) -> list[list[Any]]:
     """Return path, inode, size and times of all files that count, as JSON holds them."""
     paths: Iterable[Path] = [config, *sorted(Path(f"{config}.d").glob("*")), *_listing(Path(recipes_dir))]
     return [[str(path), *_identity(path)] for path in paths]

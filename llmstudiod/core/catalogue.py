@@ -11,7 +11,7 @@ from types import MappingProxyType
 from llmstudiod.core.errors import BadRequestError, ModelNotFoundError
 from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
 
-_NEW = "a new file counts after `systemctl reload llmstudiod`"
+_NEW = "a new file is noticed within ten seconds"
 _FIRST = f"put a GGUF into a model directory (model_dirs), or a recipe into recipes_dir; {_NEW}"
 
 
@@ -55,7 +55,7 @@ class Catalogue:
         if broken is not None and broken.severity is Severity.FAULT:
             hint = f"its recipe is faulty: {broken}"
         elif broken is not None:  # a file without a recipe that will not do
-            hint = f"{replace(broken, severity=Severity.FAULT)}; then `systemctl reload llmstudiod`"
+            hint = f"{replace(broken, severity=Severity.FAULT)}"
         raise ModelNotFoundError(f"there is no model '{name[:200]}'", hint=hint)
 
 

@@ -265,7 +265,7 @@ def _model_flags(recipe: Recipe, known: frozenset[str]) -> list[str]:
         ("--chat-template", recipe.chat_template),
         ("--n-cpu-moe", recipe.n_cpu_moe),
         ("--override-tensor", recipe.override_tensor),
-        ("--spec-type", recipe.spec_type),
+        ("--spec-type", recipe.spec_type or _default_spec_type(recipe, known)),
         ("--spec-draft-n-max", recipe.spec_draft_n_max),
         ("--spec-draft-n-min", recipe.spec_draft_n_min),
         ("--spec-draft-p-min", recipe.spec_draft_p_min),
@@ -278,6 +278,11 @@ def _model_flags(recipe: Recipe, known: frozenset[str]) -> list[str]:
     argv += ["--embedding"] if recipe.embedding else []
     argv += ["--rerank"] if recipe.rerank else []
     return argv
+
+
+def _default_spec_type(recipe: Recipe, known: frozenset[str]) -> str | None:
+    """Newer builds load a draft model and then leave it unused, unless they are told how to use it."""
+    return "draft-simple" if recipe.draft_model and "--spec-type" in known else None
 
 
 def cache_ram_mib(recipe: Recipe, known: frozenset[str]) -> int | None:

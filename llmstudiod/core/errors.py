@@ -63,6 +63,12 @@ class ModelNotFoundError(NotFoundError):
     kind = "model_not_found"
 
 
+class ConflictError(LlmstudioError):
+    """What is asked for does not go with the state in which the model is."""
+
+    kind, status, exit_code, openai_type = "conflict", 409, 2, "invalid_request_error"
+
+
 class BodyTooLargeError(LlmstudioError):
     """The request's body is over ``max_body``."""
 

@@ -22,6 +22,7 @@ class Timer(StrEnum):
     STALL = "stall"
     OVERTAKE = "overtake"
     MEASURE = "measure"
+    RESTART = "restart"
 
 
 # Events
@@ -59,6 +60,24 @@ class UnloadAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelAsked:
+    """An operator does not want a load to go on; what is ready stays."""
+
+    at: float
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResetAsked:
+    """An operator says that what made a model fail is mended."""
+
+    at: float
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlanVetted:
     """The check that `VetPlan` asked for is done; ``failure`` is what is wrong with this version of the recipe.
 
@@ -90,6 +109,17 @@ class LoadProgressed:
     model: str
     run: int
     progress: float | None = None
+    stage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """The log of a run tells what is not as it was asked for; these replace what was told before."""
+
+    at: float
+    model: str
+    run: int
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +135,16 @@ class BecameReady:
 @dataclass(frozen=True, slots=True)
 class UnitFailed:
     """The unit could not be started, or its process ended without being asked to."""
+
+    at: float
+    model: str
+    run: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class UnitHung:
+    """The process is there and does not answer any more: it was asked in every way."""
 
     at: float
     model: str
@@ -162,6 +202,23 @@ class UnitFound:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitFoundFailed:
+    """A unit of an earlier daemon has ended meanwhile, and this is why."""
+
+    at: float
+    model: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class StoriesRead:
+    """What an earlier daemon wrote down: the last transitions of each model, the oldest first."""
+
+    at: float
+    stories: Mapping[str, tuple[Transition, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownAsked:
     """Answer the waiters; then drain and stop the units, unless ``leaves_units``: the next daemon will find them."""
 
@@ -173,15 +230,21 @@ Event = (
     RequestArrived
     | RequestEnded
     | UnloadAsked
+    | CancelAsked
+    | ResetAsked
     | PlanVetted
     | UnitStarted
     | LoadProgressed
+    | Warned
     | BecameReady
     | UnitFailed
+    | UnitHung
     | UnitGone
     | TimerFired
     | SpecsChanged
     | UnitFound
+    | UnitFoundFailed
+    | StoriesRead
     | MemoryMeasured
     | ShutdownAsked
 )
@@ -281,10 +344,10 @@ class SetTimer:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """The model's state changed; observers may want to look."""
+    """The model's state changed, or without ``transition`` something else that is shown: observers may want to look."""
 
     model: str
-    transition: Transition
+    transition: Transition | None = None
 
 
 Action = (

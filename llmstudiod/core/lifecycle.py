@@ -40,6 +40,16 @@ class StopCause(StrEnum):
     SHUTDOWN = "the daemon stops"
     STALLED = "load stalled"
     ABANDONED = "nobody waits for it any more"
+    CANCELLED = "its load was cancelled"
+    HUNG = "it does not answer any more"
+
+
+class Restart(StrEnum):
+    """What becomes of a model that ended without being asked to."""
+
+    ON_REQUEST = "on-request"  # the next request starts it
+    ALWAYS = "always"  # it is started again by itself
+    NEVER = "never"  # it stays down until an administrator resets or loads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,9 @@ class ModelSpec:
     stall_timeout_s: float = 120.0
     concurrency_limit: int = 0
     max_queue: int = 64
+    restart: Restart = Restart.ON_REQUEST
+    restart_limit: int = 3
+    restart_window_s: float = 600.0
     excludes: frozenset[str] = frozenset()  # who may never be loaded beside it
     companions: frozenset[str] = frozenset()  # who is always loaded and evicted with it
 
@@ -112,16 +125,22 @@ class Instance:
     story: deque[Transition] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
     waiters: dict[int, Waiter] = field(default_factory=dict)  # insertion-ordered
     in_flight: dict[int, int | None] = field(default_factory=dict)  # ticket -> cost in tokens
+    n_requests: int = 0  # granted since the daemon's start
     unload_tickets: list[int] = field(default_factory=list)
     stop_cause: StopCause | None = None
     evicted_for: str = ""
     failure: Failure | None = None
+    last_failure: tuple[int, Failure] | None = None  # the run that failed last; it stays when the next one starts
     failures: int = 0
+    failed_at: tuple[float, ...] = ()  # its latest failures, as many as its budget has
+    is_exhausted: bool = False  # its budget of failures is used up
     retry_at: float = 0.0
     facts: UpstreamFacts | None = None
     ready_at: float = 0.0
     progress_at: float = 0.0
     progress: float | None = None
+    stage: str = ""
+    warnings: tuple[str, ...] = ()  # what of this run is not as it was asked for
     idle_since: float = 0.0
     last_used: float = 0.0
     yields_to: "Instance | None" = None  # for whom it made room; until that one is started it comes back no sooner
@@ -188,16 +207,22 @@ class InstanceView:
     """An immutable copy of an instance for everybody but the scheduler."""
 
     id: str
+    spec: ModelSpec
     state: State
     since: float
     run: int
     in_flight: int
+    n_requests: int
     queued: int
     failure: Failure | None
+    last_failure: tuple[int, Failure] | None
     failures: int
     retry_at: float
+    is_exhausted: bool
     facts: UpstreamFacts | None
     progress: float | None
+    stage: str
+    warnings: tuple[str, ...]
     idle_since: float
     last_used: float
     is_stale: bool
@@ -206,21 +231,32 @@ class InstanceView:
     story: tuple[Transition, ...]
     placement: Placement | None = None
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether it holds a process."""
+        return self.state in RESIDENT
+
 
 def view(instance: Instance) -> InstanceView:
     """Return the frozen copy of ``instance``."""
     return InstanceView(
         id=instance.spec.id,
+        spec=instance.spec,
         state=instance.state,
         since=instance.since,
         run=instance.run,
         in_flight=len(instance.in_flight),
+        n_requests=instance.n_requests,
         queued=len(instance.waiters),
         failure=instance.failure,
+        last_failure=instance.last_failure,
         failures=instance.failures,
         retry_at=instance.retry_at,
+        is_exhausted=instance.is_exhausted,
         facts=instance.facts,
         progress=instance.progress,
+        stage=instance.stage,
+        warnings=instance.warnings,
         idle_since=instance.idle_since,
         last_used=instance.last_used,
         is_stale=instance.is_stale,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmstudiod.core.lifecycle import ModelSpec
+from llmstudiod.core.lifecycle import ModelSpec, Restart
 from llmstudiod.core.recipe import Recipe, recipe_hash
 from llmstudiod.core.settings import Settings
 from llmstudiod.core.sharing import relations
@@ -19,6 +19,8 @@ class LifecycleDefaults:
     stall_timeout_s: float = 120.0
     concurrency_limit: int = 0
     max_queue: int = 64
+    restart_limit: int = 3
+    restart_window_s: float = 600.0
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -30,6 +32,8 @@ def lifecycle_defaults(settings: Settings) -> LifecycleDefaults:
         stall_timeout_s=settings.load_stall_timeout,
         concurrency_limit=settings.concurrency_limit,
         max_queue=settings.max_queue,
+        restart_limit=settings.restart_limit,
+        restart_window_s=settings.restart_window,
         groups=settings.groups,
     )
 
@@ -52,6 +56,16 @@ def model_spec(recipe: Recipe, defaults: LifecycleDefaults) -> ModelSpec:
         stall_timeout_s=choose(recipe.load_stall_timeout, defaults.stall_timeout_s),
         concurrency_limit=recipe.concurrency_limit or defaults.concurrency_limit,
         max_queue=defaults.max_queue,
+        restart=_restart(recipe),
+        restart_limit=defaults.restart_limit if recipe.restart_limit is None else recipe.restart_limit,
+        restart_window_s=choose(recipe.restart_window, defaults.restart_window_s),
         excludes=excludes,
         companions=companions,
     )
+
+
+def _restart(recipe: Recipe) -> Restart:
+    """Return what the recipe says; one that is to be there before anybody asks comes back by itself."""
+    if recipe.restart is not None:
+        return Restart(recipe.restart)
+    return Restart.ALWAYS if recipe.pinned or recipe.preload else Restart.ON_REQUEST

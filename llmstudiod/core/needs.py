@@ -85,7 +85,7 @@ def memory_limit(need: Estimate, shape: ModelShape, run: Run, *, file_bytes: int
 _UNRELATED = frozenset({
     "id", "name", "description", "tags", "served_model_name", "aliases", "default", "unlisted", "idle_timeout",
     "pinned", "preload", "priority", "concurrency_limit", "load_stall_timeout", "drain_timeout", "restart",
-    "limits", "sandbox",
+    "restart_limit", "restart_window", "limits", "sandbox",
 })  # fmt: skip
 
 

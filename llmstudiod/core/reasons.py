@@ -5,8 +5,11 @@ a healthy server's log, by sending an invalid grammar. So this is asked only whi
 Source of the lines: llama.cpp 0.7.0 (build 11669), recorded runs; CUDA's from ggml-cuda.cu.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from llmstudiod.core.lifecycle import Failure
 
@@ -119,41 +122,128 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     ),
 )
 _COMPILED = tuple((kind, re.compile(pattern), cause, hint) for kind, pattern, cause, hint in _RULES)
-_SIGABRT, _SIGKILL, _SIGSEGV, _SIGBUS = 6, 9, 11, 7
+_SIGABRT, _SIGKILL, _SIGSEGV, _SIGBUS, _SIGSYS = 6, 9, 11, 7, 31
+
+
+_RUNTIME = frozenset({"oom_vram", "gpu_error", "oom_host", "crash"})
+"""What can end a server that was ready; everything else shows while it loads."""
+# The ready mark, or where that is too long ago, what only a server that answers requests writes.
+_READY = re.compile(
+    r"listening on (?:https?://|unix:)|^\S+ [IWED] slot +(?! |load_model)|got exception: |all slots are idle"
+)
+# What another line says more clearly than the one by which a kind is known.
+_MORE = {
+    "chat_template": re.compile(r"common_chat_templates_init: error: (.+)"),
+    "crash": re.compile(r"^  what\(\):  (.+)"),
+}
+_FLAG = re.compile(r"^\s*(--?[a-z][\w-]*)")
+_CRASHES = frozenset({_SIGABRT, _SIGSEGV, _SIGBUS, 4, 8})
+_QUOTED = 300
 
 
 def explain_exit(
-    *, result: str, code: int | None = None, signal: int | None = None, lines: Sequence[str] = ()
+    *,
+    result: str,
+    code: int | None = None,
+    signal: int | None = None,
+    lines: Sequence[str] = (),
+    build: str | None = None,
+    was_ready: bool | None = None,
+    paths: Mapping[str, str] = MappingProxyType({}),
 ) -> Failure:
     """Return the reason for an end that nobody asked for.
 
-    ``result`` is systemd's word for it (``exit-code``, ``signal``, ``core-dump``, ``oom-kill``, ``timeout``).
+    ``result`` is systemd's word for it (``exit-code``, ``signal``, ``core-dump``, ``oom-kill``, ``timeout``); ``build``
+    is llama-server's; ``was_ready`` None: its lines tell. Of a server that was ready only the words right before its
+    end count, and only when it ended by a fault of its own: what stands before them clients may have written.
+    ``paths`` has the name of each file outside by the one that the server sees.
     """
+    failure = _explain(result, code, signal, lines, build, was_ready=was_ready)
+    message = failure.message
+    for inside, outside in paths.items():
+        message = message.replace(inside, outside)
+    return replace(failure, message=message)
+
+
+def _explain(
+    result: str,
+    code: int | None,
+    signal: int | None,
+    lines: Sequence[str],
+    build: str | None,
+    *,
+    was_ready: bool | None,
+) -> Failure:
     told = tuple(lines)
     if result == "oom-kill":
         hint = "raise limits.memory_max, or lower max_model_len or max_num_seqs"
         return Failure("oom_kill", "the kernel killed it for want of memory", hint, told)
-    for kind, pattern, cause, hint in _COMPILED:
-        line = next((text for text in map(_error_text, lines) if text is not None and pattern.search(text)), None)
-        if line is not None:
-            return Failure(kind, f"{cause}: {line.strip()[:300]}", hint, told)
+    if was_ready is None:
+        was_ready = any(map(_READY.search, lines))
+    is_own_fault = signal in _CRASHES or (signal is None and code != 0)
+    if is_own_fault:
+        words = _last_words(lines) if was_ready else [text for text in map(_error_text, lines) if text is not None]
+        for kind, pattern, cause, hint in _COMPILED:
+            if was_ready and kind not in _RUNTIME:
+                continue
+            line = next((text for text in words if pattern.search(text)), None)
+            if line is not None:
+                return _explained(kind, cause, hint, line, told, build)
     if signal == _SIGKILL:
         hint = "did somebody kill it by hand, or the kernel's OOM killer? see `dmesg`"
         return Failure("killed", "it was killed (SIGKILL) and left no word", hint, told)
-    if signal in {_SIGABRT, _SIGSEGV, _SIGBUS}:
+    if signal == _SIGSYS:
+        hint = "`journalctl -k` names the system call; does a drop-in narrow SystemCallFilter= of its unit?"
+        return Failure("crash", "it made a system call that its sandbox forbids (SIGSYS)", hint, told)
+    if signal in _CRASHES:
         hint = "a newer build may help; the last lines belong into a bug report"
         return Failure("crash", f"llama-server crashed (signal {signal})", hint, told)
     if signal is not None:
         return Failure("killed", f"it was ended by signal {signal}", "somebody stopped it by hand", told)
     if code == 0:
-        return Failure("exited", "it ended by itself without an error", "see its last lines", told)
+        # llama-server ends like this for SIGTERM or SIGINT alone.
+        return Failure("exited", "it was told to end (SIGTERM, or `systemctl stop`)", "somebody did so by hand", told)
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    said = f": {last[:300]}" if last else ""
-    return Failure("load_failed", f"it ended with exit code {code}{said}", "see its last lines", told)
+    said = f": {last[:_QUOTED]}" if last else ""
+    kind = "crash" if was_ready else "load_failed"
+    return Failure(kind, f"it ended with exit code {code}{said}", "see its last lines", told)
+
+
+def _explained(kind: str, cause: str, hint: str, line: str, lines: tuple[str, ...], build: str | None) -> Failure:
+    """Return a failure that a line of the log has told, with what that kind needs to be understood."""
+    quoted = line.strip()
+    if kind == "bad_args" and quoted == "usage:":  # which one is told only by the help that follows
+        flag = next((found[1] for found in map(_FLAG.match, lines[lines.index(line) :]) if found), None)
+        quoted = f"the value of {flag}" if flag else "its usage was printed"
+    if kind == "unsupported_arch" and build:
+        hint = f"llama-server {build} is too old for it, or the file too new: install a newer llama-server"
+    told = next((found[1] for found in map(_MORE[kind].search, lines) if found), "") if kind in _MORE else ""
+    if told and told not in quoted:
+        quoted = told if kind == "chat_template" else f"{quoted}: {told}"
+    if kind == "crash" and told == "Resource temporarily unavailable":
+        hint = "it could start no more threads: are LimitNPROC=, LimitAS= or TasksMax= of its unit too small?"
+    return Failure(kind, f"{cause}: {quoted[:_QUOTED]}", hint, lines)
+
+
+def _last_words(lines: Sequence[str]) -> list[str]:
+    """Return what a server said right before its end: errors and raw lines, behind which it said nothing else."""
+    words: list[str] = []
+    for line in reversed(lines):
+        text = _error_text(line)
+        if text is None:
+            break
+        words.append(text)
+    return words[::-1]
 
 
 def _error_text(line: str) -> str | None:
     """Return the message of a line, or None for one that llama-server itself does not call an error."""
+    if line.startswith('{"type":'):  # --log-jsonl
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return line
+        return str(entry.get("msg", "")).rstrip() if entry.get("level") == "error" else None
     prefix = _PREFIX.match(line)
     if prefix is None:
         return line

@@ -164,6 +164,9 @@ class Recipe:
     concurrency_limit: Annotated[int, Interval(ge=1, le=4096)] | None = None
     load_stall_timeout: Annotated[float, Ge(1)] | None = None
     drain_timeout: Annotated[float, Ge(0)] | None = None
+    restart: Literal["on-request", "always", "never"] | None = None
+    restart_limit: Annotated[int, Interval(ge=0, le=100)] | None = None
+    restart_window: Annotated[float, Ge(1)] | None = None
 
     limits: Limits = Limits()
     sandbox: Sandbox = STRICT

@@ -55,9 +55,8 @@ FOREIGN: Mapping[str, str] = {
     "block_size": "it belongs to vLLM",
     "swap_space": "it belongs to vLLM",
     "enforce_eager": "it belongs to vLLM",
-    "restart": "the restart policy comes with a later version",
 }
-"""Keys of other backends and of later versions, each with what to use instead."""
+"""Keys of other backends, each with what to use instead."""
 
 PATH_FIELDS = frozenset({"model_path", "mmproj", "draft_model", "chat_template_file"})
 SINGLE_LINE_FIELDS = PATH_FIELDS | {"id", "name", "served_model_name", "override_tensor", "spec_type"}

@@ -19,7 +19,7 @@ from llmstudiod.core.yaml_lines import Document, Path_, parse_bytes
 _FIELDS = frozenset(f.name for f in fields(Recipe))
 _LIMITS = frozenset(f.name for f in fields(Limits))
 _RELAXATIONS = frozenset(f.name for f in fields(Sandbox))
-_DURATIONS = ("idle_timeout", "load_stall_timeout", "drain_timeout")
+_DURATIONS = ("idle_timeout", "load_stall_timeout", "drain_timeout", "restart_window")
 _NAMES_OF_BINARIES = frozenset({"llama_server_path", "llama_server", "llama_bin", "launch_command", "custom_command"})
 _NO_FLAGS = frozenset({"extra_args", "env_vars", "gpus", "description", "tags", "status"}) | FOREIGN.keys()
 _ID = re.compile(ID_PATTERN)
@@ -28,6 +28,7 @@ _CPUS = re.compile(r"\d{1,4}(-\d{1,4})?([, ]+\d{1,4}(-\d{1,4})?)*")
 
 _WORDS: Mapping[str, str] = {
     "load_stall_timeout": "a duration of 1s or more",
+    "restart_window": "a duration of 1s or more",
     "extra_args": "flags as `name: value`",
     "limits": "limits as `name: value`",
     "sandbox": "strict, or relaxations as `name: value`",

@@ -1,7 +1,11 @@
 """What the scheduler tells whoever it turns away."""
 
+from math import inf
+from typing import Any
+
 from llmstudiod.core.errors import (
     BackingOffError,
+    ConflictError,
     LlmstudioError,
     LoadFailedError,
     LoadStalledError,
@@ -13,6 +17,7 @@ from llmstudiod.core.errors import (
 )
 from llmstudiod.core.events import RequestArrived
 from llmstudiod.core.lifecycle import Failure, Instance, State
+from llmstudiod.core.units import format_duration
 
 
 def at_once(instance: Instance | None, event: RequestArrived, *, is_shutting_down: bool) -> LlmstudioError | None:
@@ -51,6 +56,18 @@ def unloaded(model: str) -> LlmstudioError:
     return ShuttingDownError(f"'{model}' was unloaded on request", hint="ask again to load it anew")
 
 
+def cancelled(model: str) -> LlmstudioError:
+    """An operator gave the load up."""
+    return ShuttingDownError(f"the load of '{model}' was cancelled", hint="ask again to load it anew")
+
+
+def nothing_to_cancel(instance: Instance) -> LlmstudioError:
+    """It is not being loaded."""
+    model = instance.spec.id
+    hint = f"`llmstudioctl unload {model}` stops it" if instance.is_resident else None
+    return ConflictError(f"'{model}' is not being loaded: it is {instance.state}", hint=hint)
+
+
 def queue_full(instance: Instance) -> LlmstudioError:
     """As many wait as may wait."""
     return QueueFullError(
@@ -62,14 +79,23 @@ def queue_full(instance: Instance) -> LlmstudioError:
 
 def backing_off(instance: Instance, at: float) -> LlmstudioError:
     """Its last start has failed a moment ago."""
-    wait_s = instance.retry_at - at
-    failure = instance.failure
+    model, failure = instance.spec.id, instance.failure
     reason = failure.message if failure else "its last start failed"
-    return BackingOffError(
-        f"'{instance.spec.id}' is not started again for {max(1, round(wait_s))} s: {reason}",
-        hint=(failure.hint if failure else None) or f"`llmstudioctl load {instance.spec.id}` tries at once",
-        details={"retry_after_s": wait_s + 0.5, "failure": failure.kind if failure else None},
-    )
+    details: dict[str, Any] = {"failure": failure.kind if failure else None}
+    clears = f"`llmstudioctl reset {model}` lets it be started at once"
+    if instance.retry_at == inf:
+        return BackingOffError(
+            f"'{model}' is not started again (restart: never): {reason}", hint=clears, details=details
+        )
+    wait_s = instance.retry_at - at
+    details["retry_after_s"] = wait_s + 0.5
+    span = format_duration(wait_s) if wait_s >= 60 else f"{max(1, round(wait_s))} s"
+    message = f"'{model}' is not started again for {span}"
+    if instance.is_exhausted:
+        window = format_duration(instance.spec.restart_window_s)
+        message += f", since it failed {instance.spec.restart_limit} times within {window}"
+    hint = (failure.hint if failure else None) or clears
+    return BackingOffError(f"{message}: {reason}", hint=clears if instance.is_exhausted else hint, details=details)
 
 
 def failed(model: str, failure: Failure, *, was_serving: bool) -> LlmstudioError:

@@ -38,6 +38,9 @@ class Settings:
     max_body: Annotated[int, Interval(ge=1024, le=1 << 32)] = 64 << 20
     load_stall_timeout: Annotated[float, Ge(1)] = 120.0
     drain_timeout: Annotated[float, Ge(0)] = 60.0
+    restart_limit: Annotated[int, Interval(ge=0, le=100)] = 3
+    restart_window: Annotated[float, Ge(1)] = 600.0
+    exit_idle: Annotated[float, Ge(0)] = 0.0
     wait_comment_interval: Annotated[float, Ge(0.05)] = 5.0
     log_level: Literal["error", "warning", "info", "debug"] = "info"
 

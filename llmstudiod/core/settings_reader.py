@@ -17,13 +17,16 @@ from llmstudiod.core.yaml_lines import Document
 
 ENVIRONMENT_PREFIX = "LLMSTUDIO_"
 
-_DURATIONS = frozenset({"idle_timeout", "load_stall_timeout", "drain_timeout", "wait_comment_interval"})
+_DURATIONS = frozenset(
+    {"idle_timeout", "load_stall_timeout", "drain_timeout", "restart_window", "exit_idle", "wait_comment_interval"}
+)
 _SIZES = frozenset({"max_body"})
 _LISTS = frozenset({"model_dirs", "listen", "allowed_hosts", "cors_origins"})
 _PATHS = frozenset({"recipes_dir", "model_dirs", "runtime_dir", "admin_socket", "launcher_socket", "keys_file"})
 _WORDS: Mapping[str, str] = {
     "max_body": "a size from 1KiB to 4GiB",
     "load_stall_timeout": "a duration of 1s or more",
+    "restart_window": "a duration of 1s or more",
     "wait_comment_interval": "a duration of 50ms or more",
 }
 _MAX_DURATION_S = 10 * 365 * 86400.0
@@ -39,7 +42,7 @@ _SHARING: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
 }
 
 # Settings of the architecture that a later version brings: told, not taken for a slip of the pen.
-_LATER = frozenset({"exit_idle", "usage_keep"})
+_LATER = frozenset({"usage_keep"})
 
 
 def read_settings(

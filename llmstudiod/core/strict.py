@@ -30,7 +30,7 @@ def wanted_recipe(loaded: LoadedRecipes, *, model: str, expected_hash: str, file
         raise ConfigError(str(fault or f"'{file}' holds no recipe '{model}'"))
     if recipe_hash(recipe) != expected_hash:
         message = f"the recipe of '{model}' in '{file}' has changed since the daemon read it"
-        raise ConfigError(message, hint="systemctl reload llmstudiod")
+        raise ConfigError(message, hint="ask again in a moment: the daemon is about to read it")
     return recipe
 
 
@@ -136,7 +136,8 @@ def files_outside(recipe: Recipe, model_dirs: Sequence[str], resolved: Callable[
         for directory in model_dirs
     ]
     expected = "expected a file in the model directories (model_dirs)"
-    return [Fault(f"{expected}, found '{real}'", key=field) for field, real in places if not is_inside(real, real_dirs)]
+    outside = dict.fromkeys((field, real) for field, real in places if not is_inside(real, real_dirs))
+    return [Fault(f"{expected}, found '{real}'", key=field) for field, real in outside]
 
 
 def _names(loaded: LoadedRecipes) -> Iterator[str]:

@@ -190,6 +190,26 @@ def systemd_run_argv(request: LaunchRequest) -> list[str]:
     return [*argv, "--", *request.argv]
 
 
+def show_argv(model_id: str) -> list[str]:
+    """Return the ``systemctl`` command line that tells what `runs_as_asked` wants to know."""
+    return ["systemctl", "show", "--property=ActiveState,ExecStart,Environment", unit_name(model_id)]
+
+
+def runs_as_asked(shown: str, request: LaunchRequest) -> bool:
+    """Whether the unit that ``systemctl show`` describes is active, with the command line and environment of a request.
+
+    What systemd shows in another form than it was given counts as different.
+    """
+    lines = shown.splitlines()
+    variables = {**request.environment, "LLMSTUDIO_RECIPE_HASH": request.recipe_hash}
+    environment = next((f"{line[len('Environment=') :]} " for line in lines if line.startswith("Environment=")), "")
+    return (
+        "ActiveState=active" in lines
+        and any(f"argv[]={' '.join(request.argv)} ;" in line for line in lines)
+        and all(f"{name}={value} " in environment for name, value in variables.items())
+    )
+
+
 def question_argv(request: LaunchRequest, *, unit: str, timeout_s: float) -> list[str]:
     """Return the ``systemd-run`` command line that lets a binary answer a question, in a model's sandbox."""
     argv = [

@@ -18,6 +18,7 @@ SOCKET_VARIABLE = "LLMSTUDIO_ADMIN_SOCKET"
 EXIT_CODES = {
     "bad_request": 2,
     "body_too_large": 2,
+    "conflict": 2,
     "config": 3,
     "binary": 3,
     "not_found": 4,
@@ -79,6 +80,24 @@ class Client:
         content = None if body is None else json.dumps(body).encode()
         return self._ask("POST", _path(parts) + (f"?{query}" if query else ""), timeout_s, content)
 
+    def text(self, *parts: str) -> str:
+        """Return the answer to a GET as text."""
+        response = self._send("GET", _path(parts), 60)
+        raw = response.read()
+        if response.status >= 400:
+            raise AnswerError(response.status, _object(raw))
+        return raw.decode("utf-8", "replace")
+
+    def post_text(self, *parts: str, text: str, is_put: bool = False, query: str = "") -> Any:  # noqa: ANN401
+        """Return the answer to a POST, or a PUT, of YAML."""
+        return self._ask(
+            "PUT" if is_put else "POST",
+            _path(parts) + (f"?{query}" if query else ""),
+            60,
+            text.encode(),
+            "application/yaml",
+        )
+
     def delete(self, *parts: str) -> Any:  # noqa: ANN401
         """Return the answer to a DELETE."""
         return self._ask("DELETE", _path(parts), 60)
@@ -90,8 +109,15 @@ class Client:
             if raw.startswith(b"data: "):
                 yield json.loads(raw[6:])
 
-    def _ask(self, method: str, path: str, timeout_s: float | None, body: bytes | None = None) -> Any:  # noqa: ANN401
-        response = self._send(method, path, timeout_s, body)
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        timeout_s: float | None,
+        body: bytes | None = None,
+        kind: str = "application/json",
+    ) -> Any:  # noqa: ANN401
+        response = self._send(method, path, timeout_s, body, kind)
         try:
             answer = json.loads(response.read() or b"null")
         except ValueError:
@@ -101,11 +127,16 @@ class Client:
         return answer
 
     def _send(
-        self, method: str, path: str, timeout_s: float | None, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        timeout_s: float | None,
+        body: bytes | None = None,
+        kind: str = "application/json",
     ) -> http.client.HTTPResponse:
         connection = _UnixConnection(self.socket_path, timeout_s)
         try:
-            connection.request(method, path, body, {} if body is None else {"Content-Type": "application/json"})
+            connection.request(method, path, body, {} if body is None else {"Content-Type": kind})
             return connection.getresponse()
         except PermissionError as error:
             raise DaemonUnreachableError(
@@ -121,6 +152,14 @@ class Client:
                 f"cannot reach the daemon at {self.socket_path}: {reason}",
                 hint=f"{hint}, or name another socket with --socket or {SOCKET_VARIABLE}",
             ) from error
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _path(parts: tuple[str, ...]) -> str:

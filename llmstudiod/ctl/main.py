@@ -10,10 +10,13 @@ from typing import Any
 
 from llmstudiod import __version__
 from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
+from llmstudiod.ctl import doctor, explain, gpus, recipes, show
 from llmstudiod.ctl import estimate as estimates
-from llmstudiod.ctl import explain, gpus, show
 from llmstudiod.ctl import keys as api_keys
+from llmstudiod.ctl import top as top_view
+from llmstudiod.ctl import web as web_page
 from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
+from llmstudiod.ctl.progress import load_progress
 
 Command = Callable[[Client, argparse.Namespace], int]
 
@@ -83,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     unload.add_argument("model", nargs="?")
     unload.add_argument("--all", action="store_true", help="unload every model")
     unload.add_argument("--force", action="store_true", help="do not wait for requests in flight")
+    restart = add("restart", _restart, "unload a model, and load it again")
+    restart.add_argument("model")
+    pin = add("pin", _pin, "keep a model loaded: it is never evicted nor unloaded for idleness")
+    pin.add_argument("model")
+    unpin = add("unpin", _unpin, "let a model that was pinned go again")
+    unpin.add_argument("model")
+    cancel = add("cancel", _cancel, "give the load of a model up")
+    cancel.add_argument("model")
+    reset = add("reset", _reset, "let a model that failed be started again")
+    reset.add_argument("model")
+    add("watch", _watch, "print what happens to the models, as it happens")
     logs = add("logs", _logs, "show a model's log")
     logs.add_argument("model")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with new lines")
@@ -102,15 +116,44 @@ def _parser() -> argparse.ArgumentParser:
 
     new = add_key("add", api_keys.add, "make a key and print it, once")
     new.add_argument("name", help="letters, digits and ._@-")
-    new.add_argument("--admin", action="store_true", help="it may administer over TCP, once this version can")
-    new.add_argument("--metrics", action="store_true", help="it may read the metrics, once there are some")
+    new.add_argument("--admin", action="store_true", help="it may administer over TCP, and sign in at the page")
+    new.add_argument("--metrics", action="store_true", help="it may read the metrics over TCP")
     new.add_argument("--models", action="append", metavar="NAME[,NAME…]", help="it may use these models alone")
     new.add_argument("--expires", metavar="TIME", help="how long it is valid, such as 30d (default: for ever)")
     add_key("list", api_keys.listing, "list the keys, without their secrets")
     add_key("revoke", api_keys.revoke, "take a key away").add_argument("name")
+    _add_recipe_commands(add("recipe", _no_command, "make, edit, show or delete recipes"), common)
+    web = add("web", web_page.command, "print the address of the page, with a code that signs in")
+    web.add_argument("--no-open", action="store_true", help="do not open it on the desktop")
+    web.add_argument("--sign-out", action="store_true", help="end every session of the page instead")
+    top = add("top", top_view.command, "show what the models do, as they do it")
+    top.add_argument("--once", action="store_true", help="print it once")
+    add("reload", _reload, "have settings, recipes and keys read again, now")
+    add("doctor", doctor.command, "examine the installation, and tell what to do")
     add("schema", _schema, "print the JSON schema of recipes, for editors")
     add("version", _version, "show the versions of this program, the daemon and llama-server")
     return parser
+
+
+def _add_recipe_commands(recipe: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    commands = recipe.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(command=command)
+        return added
+
+    new = add("new", recipes.new, "make a recipe for a GGUF")
+    new.add_argument("file", help="the GGUF, or the first of its shards")
+    new.add_argument("--id", metavar="ID", help="its id (default: made of the file's name)")
+    new.add_argument("--set", action="append", metavar="NAME=VALUE", help="a field of the recipe")
+    new.add_argument("--edit", action="store_true", help="open it in an editor first")
+    add("edit", recipes.edit, "open a recipe in an editor").add_argument("model")
+    add("show", recipes.show, "print a recipe's file").add_argument("model")
+    add("delete", recipes.delete, "remove a recipe; the model's file stays").add_argument("model")
+    made = add("from-command", recipes.from_command, "make a recipe of a llama-server command")
+    made.add_argument("--save", action="store_true", help="store it (default: print it)")
+    made.add_argument("words", nargs="*", metavar="WORD", help="the command, after -- (default: standard input)")
 
 
 def _print_json(value: object) -> int:
@@ -128,8 +171,8 @@ def _list(client: Client, arguments: argparse.Namespace) -> int:
     else:
         settings = client.get("config")["settings"]
         places = f"a GGUF into {settings['model_dirs'][0]}" if settings["model_dirs"] else "a recipe there"
-        print(f"no models yet: put {places}, or a recipe into {settings['recipes_dir']},")
-        print("then `systemctl reload llmstudiod`")
+        print(f"no models yet: put {places}, or a recipe into {settings['recipes_dir']};")
+        print("it is noticed within ten seconds")
     _tell_faults(status["faults"])
     return 0
 
@@ -166,9 +209,11 @@ def _status(client: Client, arguments: argparse.Namespace) -> int:
 
 
 def _load(client: Client, arguments: argparse.Namespace) -> int:
-    if sys.stderr.isatty() and not arguments.no_wait:
-        print(f"loading {arguments.model} …", file=sys.stderr)
-    answer = client.post("launch", arguments.model, query="wait=false" if arguments.no_wait else "")
+    if arguments.no_wait:
+        answer = client.post("launch", arguments.model, query="wait=false")
+    else:
+        with load_progress(client, arguments.model):
+            answer = client.post("launch", arguments.model)
     if arguments.json:
         return _print_json(answer)
     print(answer["message"])
@@ -187,6 +232,53 @@ def _unload(client: Client, arguments: argparse.Namespace) -> int:
     if not arguments.all and answer["evicted_pid"] is None:
         names = []
     print(f"unloaded: {', '.join(names) or 'nothing was loaded'}")
+    return 0
+
+
+def _restart(client: Client, arguments: argparse.Namespace) -> int:
+    with load_progress(client, arguments.model):
+        answer = client.post("instances", arguments.model, "restart")
+    return _told(answer, arguments)
+
+
+def _pin(client: Client, arguments: argparse.Namespace) -> int:
+    return _told(client.post("instances", arguments.model, "pin"), arguments)
+
+
+def _unpin(client: Client, arguments: argparse.Namespace) -> int:
+    return _told(client.post("instances", arguments.model, "unpin"), arguments)
+
+
+def _reload(client: Client, arguments: argparse.Namespace) -> int:
+    answer = client.post("reload")
+    if arguments.json:
+        return _print_json(answer)
+    print(answer["message"])
+    _tell_faults(answer["faults"])
+    return 3 if any(fault["severity"] == "fault" for fault in answer["faults"]) else 0
+
+
+def _cancel(client: Client, arguments: argparse.Namespace) -> int:
+    return _told(client.post("launch", arguments.model, "cancel"), arguments)
+
+
+def _reset(client: Client, arguments: argparse.Namespace) -> int:
+    return _told(client.post("instances", arguments.model, "reset"), arguments)
+
+
+def _told(answer: dict[str, Any], arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        return _print_json(answer)
+    print(answer["message"])
+    return 0
+
+
+def _watch(client: Client, arguments: argparse.Namespace) -> int:
+    for event in client.events("events"):
+        if arguments.json:
+            print(json.dumps(event, ensure_ascii=False), flush=True)
+        elif line := show.event_line(event):
+            print(line, flush=True)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmstudiod.core.units import format_bytes, format_duration
 
+_LEAST = 10  # characters of a column
 _COLOURS = {"ready": "32", "failed": "31", "loading": "33", "starting": "33", "draining": "33", "stopping": "33"}
 
 
@@ -21,19 +22,38 @@ def coloured(text: str, state: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None) -> str:
-    """Return a table with aligned columns; the last column gives way when the terminal is narrow."""
+    """Return a table with aligned columns; on a narrow terminal the last column gives way, then the widest."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     if sys.stdout.isatty():
-        room = shutil.get_terminal_size().columns - sum(width + 2 for width in widths[:-1])
-        widths[-1] = max(10, min(widths[-1], room))
+        widths = fitted(widths, shutil.get_terminal_size().columns)
     lines = []
     for number, row in enumerate((header, *rows)):
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
+        cells = [_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[-1] = cells[-1].rstrip()
         if number and state_column is not None:
             cells[state_column] = coloured(cells[state_column], row[state_column])
-        last = row[-1] if len(row[-1]) <= widths[-1] else row[-1][: widths[-1] - 1] + "…"
-        lines.append("  ".join([*cells, last]).rstrip())
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def fitted(widths: Sequence[int], columns: int) -> list[int]:
+    """Return the columns' widths so that two spaces between them, and all of them, fit, as far as ten each allow it.
+
+    >>> fitted([40, 8, 30], 60)
+    [38, 8, 10]
+    >>> fitted([40, 8, 90], 60)
+    [38, 8, 10]
+    """
+    found = list(widths)
+    column = len(found) - 1
+    while (excess := sum(found) + 2 * (len(found) - 1) - columns) > 0 and max(found) > _LEAST:
+        found[column] = max(min(_LEAST, found[column]), found[column] - excess)
+        column = max(range(len(found)), key=found.__getitem__)
+    return found
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def memory_table(estimate: dict[str, Any]) -> str:
@@ -64,10 +84,30 @@ def model_rows(instances: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def event_line(event: dict[str, Any]) -> str | None:
+    """Return one line of ``llmstudioctl watch``, or None for what is told by another event."""
+    data, at = event["data"], event["timestamp"][11:19]
+    if "instances" in data:
+        up = [f"{item['id']} ({item['state']})" for item in data["instances"] if item["state"] != "stopped"]
+        return f"{at}  {', '.join(up) or 'no model is loaded'}"
+    if "from" in data:
+        hint = f" ({data['failure']['hint']})" if data.get("failure") and data["failure"]["hint"] else ""
+        return f"{at}  {data['id']}: {coloured(data['to'], data['to'])}: {data['cause']}{hint}"
+    if "warnings" in data:
+        return f"{at}  {data['id']}: {'; '.join(data['warnings'])}"
+    if data.get("stage") == "waiting" and data.get("progress"):
+        return f"{at}  {data['recipe_id']}: {data['progress']:.0%} {data['message'] or ''}".rstrip()
+    return None
+
+
 def note(item: dict[str, Any]) -> str:
     """Return what is worth saying of an instance in a few words."""
     if item["state"] == "failed":
         return str(item["reason"] or "")
+    if item["state"] == "loading" and item["progress"]:
+        return f"{item['progress']:.0%} {item['stage'] or ''}".rstrip()
+    if item["alerts"]:
+        return str(item["alerts"][0])
     if item["is_stale"]:
         return "its recipe changed; replaced when idle"
     if item["state"] in {"draining", "stopping"}:
@@ -96,11 +136,17 @@ def status_text(item: dict[str, Any]) -> str:
     field("state", f"{item['state']} since {clock(item['since'])} ({ago(item['since'])} ago)")
     field("reason", item["reason"])
     field("hint", item["hint"] if item["reason"] else None)
-    if item["retry_at"]:
-        field("next try", f"{clock(item['retry_at'])}, or `llmstudioctl load {item['id']}` now")
+    for name, text in _about_failure(item):
+        field(name, text)
+    for alert in item["alerts"]:
+        field("warning", alert)
+    if item["progress"]:
+        field("progress", f"{item['progress']:.0%} {item['stage'] or ''}".rstrip())
     field("requests", f"{item['in_flight']} in flight, {item['queued']} waiting")
     if item["n_ctx"]:
         field("context", f"{item['n_ctx']} tokens a request, {item['slots']} slots")
+    told = [f"{count} {name if count != 1 else name[:-1]}" for name, count in item["totals"].items() if count]
+    field("in all", ", ".join(told))
     measured, estimated = item["memory"]["measured"], item["memory"]["estimated"]
     if measured is not None:
         field(
@@ -121,3 +167,14 @@ def status_text(item: dict[str, Any]) -> str:
     lines += ["", "story:"]
     lines += [f"  {clock(step['at'])}  {step['from']} -> {step['to']}: {step['cause']}" for step in item["story"]]
     return "\n".join(lines)
+
+
+def _about_failure(item: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return when a failed model may be started again, and what lets it be started at once."""
+    if item["state"] != "failed":
+        return []
+    again = f"`llmstudioctl reset {item['id']}` lets requests start it at once"
+    if item["retry_at"] is None:
+        return [("next try", f"none (restart: never); {again}")]
+    told = [("next try", f"{clock(item['retry_at'])}, or `llmstudioctl load {item['id']}` now")]
+    return [*told, ("failures", f"as many as restart_limit allows; {again}")] if item["is_exhausted"] else told

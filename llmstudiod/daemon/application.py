@@ -2,56 +2,78 @@
 
 import asyncio
 import contextlib
+import importlib
+import itertools
 import logging
 import os
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
 
+from llmstudiod.adapters import usage_log
+from llmstudiod.adapters.file_watch import model_files
+from llmstudiod.adapters.history import History
 from llmstudiod.adapters.key_file import is_credential, keys_path, read_keys, write_own_keys
 from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.memory_meter import measure_memory
 from llmstudiod.adapters.model_recipes import load_catalogue
 from llmstudiod.adapters.planner import Planner
-from llmstudiod.adapters.proc import progress_mark
+from llmstudiod.adapters.proc import pulse
 from llmstudiod.adapters.program import LocalProgram, Program
-from llmstudiod.adapters.snapshot import Configuration, read_snapshot, write_snapshot
+from llmstudiod.adapters.snapshot import Configuration, identities, read_last_good, read_snapshot, write_snapshot
 from llmstudiod.adapters.state_db import StateDb
+from llmstudiod.adapters.usage_log import UsageLog
 from llmstudiod.core.catalogue import Catalogue
 from llmstudiod.core.devices import Machine
 from llmstudiod.core.errors import ConfigError, LlmstudioError
+from llmstudiod.core.events import StoriesRead, UnitFoundFailed
 from llmstudiod.core.gpus import with_gpus
-from llmstudiod.core.keys import Key, write_keys
+from llmstudiod.core.keys import Key, holder, write_keys
 from llmstudiod.core.launcher_protocol import Verb, Write
 from llmstudiod.core.ledger import Memory
-from llmstudiod.core.lifecycle import State
+from llmstudiod.core.lifecycle import InstanceView, Restart, State
 from llmstudiod.core.model_spec import lifecycle_defaults
+from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.core.sharing import strangers
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
 from llmstudiod.http.access import Access, Rules
-from llmstudiod.http.admin import Admin
-from llmstudiod.http.admin_gpus import AdminGpus
-from llmstudiod.http.admin_keys import AdminKeys
 from llmstudiod.http.client import EndpointServer
+from llmstudiod.http.events import Events
 from llmstudiod.http.fast_path import FastPath
+from llmstudiod.http.figures import Figures
 from llmstudiod.http.listing import Listing
+from llmstudiod.http.meter import Meter
 from llmstudiod.http.proxy import FORWARDED_POSTS, Proxy
 from llmstudiod.http.relay import Pools
+from llmstudiod.http.sessions import Sessions
+from llmstudiod.http.streams import Streams
+from llmstudiod.http.tcp_admin import TcpAdmin
 from llmstudiod.launchers import systemd
 from llmstudiod.launchers.base import Launcher
-from llmstudiod.launchers.privileged import PrivilegedClient, PrivilegedProgram
+from llmstudiod.launchers.privileged import PrivilegedClient, PrivilegedProgram, PrivilegedRecipes
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 from llmstudiod.supervisor import Supervisor
 
+if TYPE_CHECKING:
+    from llmstudiod.daemon.interface import Interface
+
 LAST_MOMENT_S = 1.0
+FIRST_LOOKS_S, LOOK_S = (2.0, 8.0, 20.0), 60.0
 SETTLE_S = 0.05
+LIVE_AFTER_S = 3.0
+MAX_ADMIN_BODY = 2 << 20
 
 logger = logging.getLogger("llmstudiod")
 
@@ -61,34 +83,52 @@ class Application:
 
     def __init__(self, config: Path, environment: Mapping[str, str] | None, *, clock: Callable[[], float]) -> None:
         self._config = config
+        self._clock = clock
         self._environment = environment
         state = os.environ.get("STATE_DIRECTORY")
         self._snapshot_dir = Path(state.partition(":")[0]) if state and environment is None else None
         found = read_snapshot(self._snapshot_dir, config) if self._snapshot_dir else None
         self._is_from_snapshot = found is not None
         self._read_began_ns = time.time_ns()
-        found = found or _read(config, environment)
+        if found is None:
+            before = read_last_good(self._snapshot_dir) if self._snapshot_dir else None
+            found = _read(config, environment, before)
         self.loaded: LoadedSettings = found.settings
         settings = self.loaded.settings
         self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
         self.launcher, program = _launcher(settings, self._helper)
         self._measure_machine: Callable[[], Machine] | None = None
-        self.state = StateDb(Path(state.partition(":")[0]) / "state.db" if self._snapshot_dir and state else None)
+        database = Path(state.partition(":")[0]) / "state.db" if self._snapshot_dir and state else None
+        self.state = StateDb(database, tables=usage_log.TABLES)
         learning = Learning(self.state, self.machine)
         self.planner = Planner(settings, self.launcher, program, measure=self.machine, learning=learning)
         self.pools = Pools()
         self.supervisor = Supervisor(
-            scheduler=Scheduler(max_instances=settings.max_instances),
+            scheduler=Scheduler(max_instances=settings.max_instances, chance=random.random),
             launcher=self.launcher,
             planner=self.planner,
             upstreams=self.pools,
-            progress_mark=lambda unit: progress_mark(unit.pid),
+            pulse=lambda unit: pulse(unit.pid),
             clock=clock,
             measure=self._measure_memory,
         )
+        self.history = History(self.state, clock)
+        self.supervisor.observe(self.history.observe)
         listing = Listing(self.supervisor, created=int(time.time()))
         self._keys_error: ConfigError | None = None
-        self.access = Access(Rules(), own_names=frozenset({socket.gethostname().lower()}))
+        self._figures = Figures()
+        self.usage = UsageLog(self.state, self._figures.add)
+        self.meter = Meter(self.usage.note)
+        self._sessions = Sessions(self.state, lambda hashed: any(key.hash == hashed for key in self._admin_keys()))
+        own_names = frozenset({socket.gethostname().lower()})
+        self.access = Access(Rules(), own_names=own_names, is_session=self._sessions.is_open)
+        self._pins: frozenset[str] = frozenset()
+        self._began_at = time.time()
+        self._ports: list[int] = []
+        self._listing = listing
+        self._streams = Streams()
+        self._events = Events(lambda: {"instances": self._interface().instances.all()}, self._streams)
+        self._built: Interface | None = None
         self.proxy = Proxy(
             self.supervisor,
             self.pools,
@@ -96,58 +136,130 @@ class Application:
             max_body=settings.max_body,
             wait_comment_interval_s=settings.wait_comment_interval,
             access=self.access,
+            meter=self.meter,
+            admin=TcpAdmin(
+                access=self.access,
+                sessions=self._sessions,
+                admin_key=self._admin_key,
+                has_route=self._has_admin_route,
+                handle=self._handle_admin,
+            ),
         )
-        keys = AdminKeys(
-            keys=self._keys,
-            put=self._put_keys,
-            model_names=lambda: frozenset(self.supervisor.catalogue.ids_by_name),
-        )
-        self.admin = Admin(
-            supervisor=self.supervisor,
-            planner=self.planner,
-            launcher=self.launcher,
-            listing=listing,
-            settings=lambda: self.loaded,
-            ports=lambda: self._ports,
-            clock=clock,
-            keys=keys,
-            more_faults=self._more_faults,
-            gpus=AdminGpus(self.machine, self.supervisor, self.planner.binary),
-        )
+        self.supervisor.observe(self._events.observe)
         self._put_in_force(found)
+        self._reloading = asyncio.Lock()
         self._servers: list[asyncio.Server] = []
         self._endpoint: EndpointServer | None = None
+        self._admin_server: web.Server | None = None
         self._strangers: list[str] = []
-        self._ports: list[int] = []
+
+    def _interface(self) -> "Interface":
+        """Return the admin interface; it is built now, unless it was before."""
+        if self._built is None:
+            from llmstudiod.adapters.recipe_writer import OwnRecipes  # slow to import, as is what follows
+            from llmstudiod.daemon.interface import Interface, Parts
+
+            writer = PrivilegedRecipes(self._helper) if self._helper else OwnRecipes(lambda: self.loaded.settings)
+            parts = Parts(
+                supervisor=self.supervisor,
+                planner=self.planner,
+                launcher=self.launcher,
+                pools=self.pools,
+                listing=self._listing,
+                history=self.history,
+                usage=self.usage,
+                figures=self._figures,
+                events=self._events,
+                streams=self._streams,
+                sessions=self._sessions,
+                writer=writer,
+                measure=self.machine,
+                settings=lambda: self.loaded,
+                faults=self._faults,
+                ports=lambda: self._ports,
+                clock=self._clock,
+                keys=self._keys,
+                put_keys=self._put_keys,
+                pin=self._pin,
+                reload=self.reload,
+                began_at=self._began_at,
+            )
+            self._built = Interface(parts)
+        return self._built
+
+    async def keep_live(self) -> None:
+        """Keep those who read the events up to date, and measure what charts and sums need; there is no hurry."""
+        await asyncio.sleep(LIVE_AFTER_S)
+        await asyncio.to_thread(importlib.import_module, "llmstudiod.daemon.interface")
+        await self._interface().live.keep()
+
+    async def _has_admin_route(self, request: web.Request) -> bool:
+        return await self._interface().has_route(request)
+
+    async def _handle_admin(self, request: web.BaseRequest) -> web.StreamResponse:
+        assert isinstance(request, web.Request)
+        return await self._interface().handle(request)
+
+    def _faults(self) -> list[Fault]:
+        return [*self.loaded.faults, *self._more_faults(), *self.supervisor.catalogue.faults]
+
+    def _admin_key(self, secret: str) -> Key | None:
+        """Return the key with this secret if it has the admin right."""
+        return holder(self._admin_keys(), secret)
+
+    def _admin_keys(self) -> tuple[Key, ...]:
+        keys = self.access.rules.keys or ()
+        return tuple(key for key in keys if key.admin and not key.is_expired(time.time()))
+
+    async def _pin(self, model: str, is_pinned: bool) -> None:  # noqa: FBT001 - a callback
+        """Keep a model loaded, or not any more; it lasts until the daemon's state is cleared."""
+        self._pins = self._pins | {model} if is_pinned else self._pins - {model}
+        self.supervisor.pin(self._pins)
+        if is_pinned:
+            await asyncio.to_thread(self.state.put, "pins", model, {"at": time.time()})
+        else:
+            await asyncio.to_thread(self.state.delete, "pins", model)
 
     @contextlib.asynccontextmanager
     async def serving(self, listeners: Listeners) -> AsyncIterator[None]:
         """Serve the sockets for as long as the context lasts."""
         loop = asyncio.get_running_loop()
         fast_path = FastPath(
-            self.supervisor, self.pools, FORWARDED_POSTS, max_body=lambda: self.proxy.max_body, access=self.access
+            self.supervisor, self.pools, FORWARDED_POSTS, max_body=lambda: self.proxy.max_body, access=self.access,
+            meter=self.meter,
+        )  # fmt: skip
+        admin = web.Server(
+            self._handle_admin, request_factory=_application_request, access_log=None, handler_cancellation=True
         )
-        endpoint = EndpointServer(self.proxy.handle, fast_path=fast_path, after_loss=self.proxy.after_fast_loss)
+        self._admin_server = admin
+        endpoint = EndpointServer(
+            self.proxy.handle,
+            fast_path=fast_path,
+            after_loss=self.proxy.after_fast_loss,
+            request_factory=_application_request,
+        )
         self._endpoint = endpoint
-        runner = web.AppRunner(self.admin.application(), access_log=None, handler_cancellation=True)
-        await runner.setup()
-        assert runner.server is not None
         self._ports = sorted({sock.getsockname()[1] for sock in listeners.http})
         for sock in listeners.http:
             # asyncio listens again, and its own default would cut the backlog down to 100.
             self._servers.append(await loop.create_server(endpoint, sock=sock, backlog=BACKLOG))
         # Not create_unix_server: from Python 3.13 on it removes the socket's file at the end, which is systemd's.
-        admin_servers = [
-            await loop.create_server(runner.server, sock=sock, backlog=BACKLOG) for sock in listeners.admin
-        ]
+        admin_servers = [await loop.create_server(admin, sock=sock, backlog=BACKLOG) for sock in listeners.admin]
         try:
             yield
         finally:
+            logging.getLogger("aiohttp.server").addFilter(_is_worth_telling)
             for server in (*self._servers, *admin_servers):
                 server.close()
             await endpoint.shutdown(1.0)
-            await runner.cleanup()
+            await admin.shutdown(LAST_MOMENT_S)
+            if self._built is not None:
+                await self._built.close()
             await self.launcher.close()
+            for shown in self.supervisor.views():
+                self.history.totals(shown)
+            await asyncio.to_thread(self.history.flush)
+            await asyncio.to_thread(self.usage.flush)
             await asyncio.to_thread(self.state.close)
 
     async def adopt(self) -> None:
@@ -163,13 +275,54 @@ class Application:
             else:
                 self._strangers.append(found.unit.model_id)
 
+    async def keep_looking_for_units(self) -> None:
+        """Take over what comes up behind our back: a start that an earlier daemon asked for when it was killed."""
+        for pause_s in itertools.chain(FIRST_LOOKS_S, itertools.repeat(LOOK_S)):
+            await asyncio.sleep(pause_s)
+            if not self.launcher.outlives_us:
+                return
+            down = {shown.id: shown.since for shown in self.supervisor.views() if not shown.is_resident}
+            try:
+                running = await self.launcher.find_running()
+            except LlmstudioError as error:
+                logger.warning("%s", error)
+                continue
+            for found in running:
+                model = found.unit.model_id
+                shown = self.supervisor.view(model)
+                if shown is None:
+                    await self._stop_stranger(model)
+                elif down.get(model) == shown.since and not shown.is_resident:  # nothing has happened to it meanwhile
+                    logger.warning(
+                        "%s: %s runs, and was not started by this daemon: it is taken over", model, found.unit.name
+                    )
+                    await self.supervisor.adopt(found)
+
+    async def _stop_stranger(self, model: str) -> None:
+        logger.warning("%s: it runs, but there is no such recipe any more: it is stopped", model)
+        try:
+            await self.launcher.stop(model, is_forced=False)
+        except LlmstudioError as error:
+            logger.error("%s", error)  # noqa: TRY400 - no bug
+
+    async def _tell_failed(self) -> None:
+        """Find out what failed while no daemon was there to see it."""
+        for model, end in await self.launcher.find_failed():
+            failure = explain_exit(result=end.result, code=end.code, signal=end.signal, lines=end.lines)
+            self.supervisor.post(UnitFoundFailed(self._clock(), model, failure))
+
     async def after_start(self) -> None:
         """What need not be done before the first answer: leftovers, the binary, models to be loaded at once."""
         if not self._is_from_snapshot:
             await asyncio.to_thread(self._write_snapshot)
         for model in self._strangers:
-            logger.warning("%s: it runs, but there is no such recipe any more: it is stopped", model)
-            await self.launcher.stop(model, is_forced=False)
+            await self._stop_stranger(model)
+        self._pins |= frozenset(await asyncio.to_thread(self.state.all, "pins"))
+        self.supervisor.pin(self._pins)
+        await asyncio.to_thread(self.usage.started, self._began_at)
+        stories = await asyncio.to_thread(self.history.read)
+        self.supervisor.post(StoriesRead(self._clock(), stories))
+        await self._tell_failed()
         try:
             binary = await self.planner.binary()
         except LlmstudioError as error:
@@ -179,13 +332,17 @@ class Application:
             if binary.is_engine:
                 logger.info("the embedded engine is in use: CPU only; install llama-server to use a GPU")
         for model, entry in self.supervisor.catalogue.entries.items():
-            if entry.recipe.preload:
+            if entry.recipe.preload or model in self._pins:
                 self.supervisor.start_load(model)
 
     async def reload(self) -> None:
         """Read settings and recipes again; models whose recipe did not change go on running."""
+        async with self._reloading:
+            await self._reload()
+
+    async def _reload(self) -> None:
         self._read_began_ns = time.time_ns()
-        found = await asyncio.to_thread(_read, self._config, self._environment)
+        found = await asyncio.to_thread(_read, self._config, self._environment, self._found)
         self.loaded = found.settings
         settings = found.settings.settings
         self.planner.use_settings(settings)
@@ -194,7 +351,11 @@ class Application:
         logging.getLogger().setLevel(settings.log_level.upper())
         catalogue = await asyncio.to_thread(load_catalogue, settings, found.recipes)
         self._put_in_force(found, catalogue)
+        self._tell_reloaded()
         await asyncio.to_thread(self._write_snapshot)
+
+    def _tell_reloaded(self) -> None:
+        self._events.mention("reloaded", {"models": len(self.supervisor.catalogue.entries)})
 
     def _put_in_force(self, found: Configuration, catalogue: Catalogue | None = None) -> None:
         settings = found.settings.settings
@@ -262,6 +423,7 @@ class Application:
         else:
             await asyncio.to_thread(write_own_keys, Path(settings.keys_file), text)
         self.access.rules = await asyncio.to_thread(self._rules, settings)
+        self._tell_reloaded()
 
     def _write_snapshot(self) -> None:
         if self._snapshot_dir is not None:
@@ -269,6 +431,7 @@ class Application:
 
     async def stop(self) -> None:
         """Take no new connections and let what is in flight end; stop the models where they cannot outlive us."""
+        self._streams.close()
         await self._stop_accepting()
         if self.launcher.outlives_us:
             within_s = self.loaded.settings.drain_timeout
@@ -292,6 +455,24 @@ class Application:
         for server in self._servers:
             server.close()
 
+    def is_unused(self) -> bool:
+        """Whether no model runs, none is to come back by itself, and nobody is connected."""
+        views = self.supervisor.views()
+        is_down = all(shown.state is State.STOPPED or _stays_down(shown) for shown in views)
+        n_open = len(self._endpoint.connections) if self._endpoint else 0
+        n_open += len(self._admin_server.connections) if self._admin_server else 0
+        return is_down and not n_open and not any(shown.queued for shown in views)
+
+    def config_identities(self) -> object:
+        """Return what differs once settings, recipes or keys have changed. Blocks."""
+        settings = self.loaded.settings
+        return identities(self._config, settings.recipes_dir)
+
+    def model_identities(self) -> object:
+        """Return what differs once the GGUFs in the model directories have changed. Blocks."""
+        settings = self.loaded.settings
+        return model_files(settings.model_dirs) if settings.auto_recipes else None
+
     def status_line(self) -> str:
         """Return one line for ``systemctl status``."""
         views = self.supervisor.views()
@@ -300,13 +481,45 @@ class Application:
         return f"{len(views)} models; ready: {', '.join(ready) or 'none'}" + (f"; {faults} faults" if faults else "")
 
 
-def _read(config: Path, environment: Mapping[str, str] | None) -> Configuration:
-    """Read and check all files. Slow to import and to run, which is why there is a snapshot."""
+def _application_request(
+    message: RawRequestMessage,
+    payload: StreamReader,
+    protocol: RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+) -> web.Request:
+    """Return a request that an aiohttp application takes; the endpoint's own routes need no more than its base."""
+    loop = asyncio.get_running_loop()
+    return web.Request(message, payload, protocol, writer, task, loop, client_max_size=MAX_ADMIN_BODY)
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Keep quiet of a race in aiohttp: a handler that ends in the very moment in which the time to wait for it is over.
+
+    Seen in 3.11.16: ``RequestHandler._handle_request`` sets the result of a future that `shutdown` has just cancelled.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.InvalidStateError)
+
+
+def _stays_down(shown: InstanceView) -> bool:
+    return shown.state is State.FAILED and shown.spec.restart is not Restart.ALWAYS
+
+
+def _read(config: Path, environment: Mapping[str, str] | None, before: Configuration | None) -> Configuration:
+    """Read and check all files; what has become faulty since ``before`` stays as it was.
+
+    Slow to import and to run, which is why there is a snapshot.
+    """
     from llmstudiod.adapters.recipe_files import load_recipes
     from llmstudiod.adapters.settings_file import load_settings
+    from llmstudiod.core.last_good import with_last_good_settings
 
     settings = load_settings(config, environment)
-    return Configuration(settings, load_recipes(Path(settings.settings.recipes_dir)))
+    if before is not None:
+        settings = with_last_good_settings(settings, before.settings)
+    entries = before.recipes.entries if before is not None else ()
+    return Configuration(settings, load_recipes(Path(settings.settings.recipes_dir), entries))
 
 
 def choose_launcher(settings: Settings) -> Literal["systemd", "subprocess"]:

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmstudiod.daemon.application import Application
 
 MAX_FILES = 65536
+IDLE_LOOK_S = 0.5
 
 logger = logging.getLogger("llmstudiod")
 
@@ -90,18 +92,26 @@ async def _serve(arguments: argparse.Namespace, inherited: sockets.Listeners) ->
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
         gc.enable()
+        heart = tasks.create_task(_keep_alive(notifier))
         keepers = [
-            tasks.create_task(_keep_alive(notifier)),
             tasks.create_task(_keep_reloading(application, notifier, reload)),
             tasks.create_task(_keep_status(application, notifier)),
+            tasks.create_task(_keep_watching(application, reload)),
+            tasks.create_task(application.keep_looking_for_units()),
+            tasks.create_task(application.history.keep(application.supervisor.views)),
+            tasks.create_task(application.usage.keep()),
+            tasks.create_task(application.keep_live()),
             tasks.create_task(_after_start(application)),
         ]
+        if inherited.http:
+            keepers.append(tasks.create_task(_exit_when_idle(application, stop)))
         await stop.wait()
         logger.info("stopping: new requests are refused, those in flight may end")
         notifier.stopping(within_s=application.loaded.settings.drain_timeout + 30)
-        await application.stop()
         for keeper in keepers:
             keeper.cancel()
+        await application.stop()
+        heart.cancel()
     logger.info("stopped")
     sys.stderr.flush()
 
@@ -130,6 +140,35 @@ async def _keep_reloading(application: "Application", notifier: Notifier, reload
             logger.exception("the reload failed; what was in force stays in force")
         notifier.ready()
         notifier.status(application.status_line())
+
+
+async def _keep_watching(application: "Application", reload: asyncio.Event) -> None:
+    """Have files read again that have changed: what is edited counts a moment later."""
+    from llmstudiod.adapters.file_watch import changed  # nobody waits for it at a start
+
+    async def watch(what: str, identities: Callable[[], object], period_s: float, settle_s: float) -> None:
+        while True:
+            await changed(identities, period_s=period_s, settle_s=settle_s)
+            logger.info("%s have changed: they are read again", what)
+            reload.set()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch("settings or recipes", application.config_identities, 1.0, 1.0))
+        tasks.create_task(watch("model files", application.model_identities, 10.0, 5.0))
+
+
+async def _exit_when_idle(application: "Application", stop: asyncio.Event) -> None:
+    """End the daemon when it was of no use for as long as ``exit_idle``; the next connection starts it again."""
+    unused_since = time.monotonic()
+    while True:
+        await asyncio.sleep(IDLE_LOOK_S)
+        limit_s = application.loaded.settings.exit_idle
+        if not application.is_unused():
+            unused_since = time.monotonic()
+        elif limit_s and time.monotonic() - unused_since >= limit_s:
+            logger.info("nothing runs and nobody is connected: the next connection starts the daemon again")
+            stop.set()
+            return
 
 
 async def _keep_status(application: "Application", notifier: Notifier) -> None:

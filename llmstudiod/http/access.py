@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 from llmstudiod.core.errors import AccessDeniedError, AuthenticationError
 from llmstudiod.core.keys import Key, holder
+from llmstudiod.http.sessions import COOKIE
 
 _SCHEMES = ("http", "https")
+SIGNED_IN = Key("signed in at the page", hash="", admin=True, metrics=True)
+"""Whom a session's cookie stands for."""
 LOOPBACK_NAMES = frozenset({"localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"})
 
 
@@ -33,10 +36,18 @@ class Rules:
 
 
 class Access:
-    """Judges requests by the rules in force."""
+    """Judges requests by the rules in force. ``is_session``: whether a cookie's secret is that of a session."""
 
-    def __init__(self, rules: Rules, *, own_names: frozenset[str], now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        own_names: frozenset[str],
+        is_session: Callable[[str], bool],
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self.rules = rules
+        self._is_session = is_session
         self._own_names = LOOPBACK_NAMES | own_names
         self._now = now
 
@@ -49,6 +60,10 @@ class Access:
             AuthenticationError: It shows no key, or a wrong one.
             AccessDeniedError: It comes from another site's page, or from elsewhere where only this machine may ask.
         """
+        if self.is_signed_in(headers):
+            self._check_host(headers.get("Host", ""), local_address)
+            self._check_own_page(headers)
+            return SIGNED_IN
         key = self._key(headers)
         if key is None:
             self._check_host(headers.get("Host", ""), local_address)
@@ -57,6 +72,28 @@ class Access:
                 hint = "`llmstudioctl key add NAME` makes a key; allow_open_listener lets everybody in"
                 raise AccessDeniedError("this listener is reached from outside, and no keys are set", hint=hint)
         return key
+
+    def is_signed_in(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request carries a session's cookie, and no key beside it."""
+        has_key = "Authorization" in headers or "x-api-key" in headers
+        return not has_key and any(self._is_session(token) for token in session_tokens(headers))
+
+    def check_page(self, headers: Mapping[str, str], *, local_address: str) -> None:
+        """Let a browser have the page itself, which holds no secret, under a name of this machine.
+
+        Raises:
+            AccessDeniedError: It asks for another machine's.
+        """
+        self._check_host(headers.get("Host", ""), local_address)
+
+    def check_sign_in(self, headers: Mapping[str, str], *, local_address: str) -> None:
+        """Let our own page sign somebody in.
+
+        Raises:
+            AccessDeniedError: It is another page that asks.
+        """
+        self._check_host(headers.get("Host", ""), local_address)
+        self._check_own_page(headers)
 
     def cors_headers(self, origin: str | None) -> dict[str, str]:
         """Return what lets an allowed page read an answer."""
@@ -115,6 +152,17 @@ class Access:
             hint="add the name to allowed_hosts in llmstudiod.yaml, or use a key",
         )
 
+    @staticmethod
+    def _check_own_page(headers: Mapping[str, str]) -> None:
+        """A browser adds the cookie whoever made the request; SameSite ignores ports, so it is not enough alone."""
+        origin = headers.get("Origin")
+        own = {f"{scheme}://{headers.get('Host')}" for scheme in _SCHEMES}
+        if headers.get("Sec-Fetch-Site", "none") in {"none", "same-origin"} and (origin is None or origin in own):
+            return
+        found = origin[:100] if origin else "another site"
+        hint = "only this daemon's own page may use what was signed in there; programs use a key"
+        raise AccessDeniedError(f"a web page of '{found}' may not use somebody's session", hint=hint)
+
     def _check_origin(self, headers: Mapping[str, str], *, is_safe: bool) -> None:
         origin = headers.get("Origin")
         if origin is None:
@@ -127,6 +175,16 @@ class Access:
             f"a web page of '{origin[:100]}' may not use this endpoint",
             hint="add it to cors_origins in llmstudiod.yaml, or let it use a key",
         )
+
+
+def session_tokens(headers: Mapping[str, str]) -> list[str]:
+    """Return what a request's cookies of our name hold.
+
+    >>> session_tokens({"Cookie": "a=1; llmstudio_session=x-Y_z"})
+    ['x-Y_z']
+    """
+    pairs = (pair.strip().partition("=") for pair in headers.get("Cookie", "").split(";"))
+    return [value for name, _, value in pairs if name == COOKIE and value][:4]
 
 
 def is_preflight(method: str, headers: Mapping[str, str]) -> bool:

@@ -1,55 +1,53 @@
-"""The admin interface on the Unix socket: what runs, load and unload, recipes, plans, logs.
+"""The admin interface: what runs, load and unload, plans; and the other parts' routes.
 
 Paths and field names are those of vllm-studio's controller, whose clients go on working; ours stand beside them.
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 from aiohttp import web
 
 from llmstudiod import __version__
-from llmstudiod.adapters.planner import Plan, Planner
-from llmstudiod.core.errors import AccessDeniedError, BadRequestError, LlmstudioError, NotFoundError
+from llmstudiod.adapters.planner import Planner
+from llmstudiod.core.errors import AccessDeniedError, BadRequestError, ConflictError, LlmstudioError
 from llmstudiod.core.lifecycle import InstanceView, State
-from llmstudiod.core.recipe import Fault, RecipeEntry
+from llmstudiod.core.recipe import Fault
 from llmstudiod.core.settings import LoadedSettings
-from llmstudiod.http.admin_gpus import AdminGpus, preview_answer
-from llmstudiod.http.admin_keys import AdminKeys
-from llmstudiod.http.answers import error_headers, json_bytes, json_response
+from llmstudiod.core.units import counted
+from llmstudiod.http.admin_answers import error_answer, fault_answer, old_config, plan_answer, recipe_answer
+from llmstudiod.http.admin_gpus import preview_answer
+from llmstudiod.http.answers import error_headers, json_response
+from llmstudiod.http.instances import Instances
 from llmstudiod.http.listing import Listing
 from llmstudiod.http.peer import ADMIN_GROUP, peer_of
+from llmstudiod.http.query import truth
+from llmstudiod.http.sessions import CODE_S, Sessions
 from llmstudiod.launchers.base import Launcher
 from llmstudiod.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-OLD_WORDS = {
-    State.STOPPED: "stopped",
-    State.STARTING: "starting",
-    State.LOADING: "starting",
-    State.READY: "running",
-    State.DRAINING: "running",
-    State.STOPPING: "stopped",
-    State.FAILED: "error",
-}
-"""Our states in vllm-studio's words."""
-
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 OPEN_TO_ALL = frozenset({"/health", "/status", "/instances"})
 """What the setting ``open_status`` lets everybody on the machine read."""
-MAX_LINES = 20_000
 MAX_WAIT_S = 3600.0
+MAX_BODY = 2 << 20
+
+
+class Routes(Protocol):
+    """A part of the interface."""
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return its routes."""
 
 
 class Admin:
-    """Handles the requests of the admin socket."""
+    """Handles the requests of the admin socket, and of TCP where somebody has signed in."""
 
     def __init__(
         self,
@@ -58,16 +56,22 @@ class Admin:
         planner: Planner,
         launcher: Launcher,
         listing: Listing,
+        instances: Instances,
         settings: Callable[[], LoadedSettings],
         ports: Callable[[], list[int]],
         clock: Callable[[], float],
-        keys: AdminKeys,
-        more_faults: Callable[[], list[Fault]],
-        gpus: AdminGpus,
+        faults: Callable[[], list[Fault]],
+        sessions: Sessions,
+        pin: Callable[[str, bool], Awaitable[None]],
+        reload: Callable[[], Awaitable[None]],
+        parts: Sequence[Routes],
     ) -> None:
-        self._gpus = gpus
-        self._keys = keys
-        self._more_faults = more_faults
+        self._instances = instances
+        self._faults = faults
+        self._sessions = sessions
+        self._pin_model = pin
+        self._reload = reload
+        self._parts = parts
         self._supervisor = supervisor
         self._planner = planner
         self._launcher = launcher
@@ -75,31 +79,38 @@ class Admin:
         self._settings = settings
         self._ports = ports
         self._clock = clock
+        self.application = self._application()
 
-    def application(self) -> web.Application:
-        """Return the routes."""
-        app = web.Application(middlewares=[_errors, self._peer_rights])
+    async def has_route(self, request: web.Request) -> bool:
+        """Whether there is something at a request's path."""
+        error = (await self.application.router.resolve(request)).http_exception
+        return error is None or error.status == 405
+
+    def _application(self) -> web.Application:
+        app = web.Application(middlewares=[_errors, self._peer_rights], client_max_size=MAX_BODY)
         app.add_routes(
             [
                 web.get("/health", self._health),
                 web.get("/status", self._status),
                 web.get("/config", self._config),
-                web.get("/instances", self._instances),
-                web.get("/instances/{id}", self._instance),
+                web.get("/api/spec", self._spec),
                 web.post("/instances/{id}/stop", self._evict_one),
-                web.get("/recipes", self._recipes),
-                web.get("/recipes/{id}", self._recipe),
+                web.post("/instances/{id}/restart", self._restart),
+                web.post("/instances/{id}/reset", self._reset),
+                web.post("/instances/{id}/pin", self._pin),
+                web.post("/instances/{id}/unpin", self._unpin),
                 web.post("/launch/{id}", self._launch),
+                web.post("/launch/{id}/cancel", self._cancel),
                 web.post("/evict", self._evict_all),
                 web.post("/evict/{id}", self._evict_one),
                 web.get("/wait-ready", self._wait_ready),
                 web.get("/explain/{id}", self._explain),
-                web.get("/logs/{id}", self._logs),
-                web.get("/logs/{id}/stream", self._log_stream),
                 web.post("/api/models/unload", self._evict_all),
                 web.post("/api/models/unload/{id}", self._evict_one),
-                *self._keys.routes(),
-                *self._gpus.routes(),
+                web.post("/web/code", self._code),
+                web.post("/web/sign-out", self._sign_out_all),
+                web.post("/reload", self._reload_all),
+                *(route for part in (self._instances, *self._parts) for route in part.routes()),
             ]
         )
         return app
@@ -110,7 +121,7 @@ class Admin:
         sock = request.transport.get_extra_info("socket") if request.transport else None
         if sock is None:
             raise AccessDeniedError("the connection is gone")
-        if sock.family == socket.AF_UNIX:
+        if _is_local(request):  # whoever came by TCP has shown a session or a key before this
             peer = peer_of(sock)
             may_look = request.method == "GET" and request.path in OPEN_TO_ALL and self._settings().settings.open_status
             if not may_look and not peer.may_administer():
@@ -126,23 +137,31 @@ class Admin:
         return json_response(self._listing.health())
 
     async def _status(self, _: web.Request) -> web.Response:
+        return json_response(await self.status())
+
+    async def status(self) -> dict[str, Any]:
+        """Return the answer of ``GET /status``."""
         views = self._supervisor.views()
         ready = next((shown for shown in views if shown.state is State.READY), None)
         launching = next((shown.id for shown in views if shown.state in {State.STARTING, State.LOADING}), None)
-        return json_response(
-            {
-                "version": __version__,
-                "running": ready is not None,
-                "process": self._process(ready) if ready else None,
-                "inference_port": next(iter(self._ports()), None),
-                "ports": self._ports(),
-                "launching": launching,
-                "launcher": self._launcher.name,
-                "llama_server": await self._binary(),
-                "instances": [self._shown(shown, with_story=False) for shown in views],
-                "faults": [_fault(fault) for fault in self._faults()],
-            }
-        )
+        return {
+            "version": __version__,
+            "running": ready is not None,
+            "process": self._process(ready) if ready else None,
+            "inference_port": next(iter(self._ports()), None),
+            "ports": self._ports(),
+            "launching": launching,
+            "launcher": self._launcher.name,
+            "llama_server": await self._binary(),
+            "instances": self._instances.all(),
+            "counts": self._supervisor.counts(),
+            "faults": [fault_answer(fault) for fault in self._faults()],
+        }
+
+    async def status_event(self) -> dict[str, Any]:
+        """Return vllm-studio's ``status`` event: the status without the instances, which have their own."""
+        told = await self.status()
+        return {name: value for name, value in told.items() if name != "instances"}
 
     def _process(self, shown: InstanceView) -> dict[str, Any]:
         entry = self._supervisor.catalogue.entries.get(shown.id)
@@ -151,6 +170,7 @@ class Admin:
             "pid": unit.pid if unit else None,
             "backend": entry.recipe.backend if entry else None,
             "model_path": entry.recipe.model_path if entry else None,
+            "port": next(iter(self._ports()), None),
             "served_model_name": entry.recipe.alias if entry else None,
         }
 
@@ -170,124 +190,53 @@ class Admin:
     async def _config(self, _: web.Request) -> web.Response:
         loaded = self._settings()
         settings = {name: getattr(loaded.settings, name) for name in type(loaded.settings).__dataclass_fields__}
-        faults = [_fault(fault) for fault in loaded.faults]
-        return json_response({"settings": settings, "sources": dict(loaded.sources), "faults": faults})
+        faults = [fault_answer(fault) for fault in loaded.faults]
+        old = old_config(loaded.settings, self._ports(), self._supervisor.views())
+        return json_response({"settings": settings, "sources": dict(loaded.sources), "faults": faults, **old})
 
-    async def _instances(self, _: web.Request) -> web.Response:
-        views = self._supervisor.views()
-        return json_response({"instances": [self._shown(shown, with_story=False) for shown in views]})
+    async def _spec(self, _: web.Request) -> web.Response:
+        """Answer the description of this interface."""
+        from llmstudiod.http.spec import openapi  # slow to import: nobody waits for it at a start
 
-    async def _instance(self, request: web.Request) -> web.Response:
-        shown = self._supervisor.view(self._model(request))
-        if shown is None:
-            raise NotFoundError(f"'{request.match_info['id']}' has no instance")
-        unit, plan = self._supervisor.unit_of(shown.id), self._supervisor.plan_of(shown.id)
-        estimated = plan.estimate.host_total if plan and plan.estimate else None
-        if shown.placement is not None:
-            estimated = shown.placement.estimate.host_total
-        measured = await self._launcher.memory(unit) if unit and _is_up(shown) else None
-        memory = {"estimated": estimated, "measured": measured}
-        devices = await self._gpus.held_by(shown)
-        return json_response({**self._shown(shown, with_story=True), "memory": memory, "devices": devices})
+        return json_response(await asyncio.to_thread(openapi))
 
-    def _shown(self, shown: InstanceView, *, with_story: bool) -> dict[str, Any]:
-        entry = self._supervisor.catalogue.entries.get(shown.id)
-        unit, plan = self._supervisor.unit_of(shown.id), self._supervisor.plan_of(shown.id)
-        is_up = _is_up(shown)
-        result: dict[str, Any] = {
-            "id": shown.id,
-            "name": (entry.recipe.name if entry else None) or shown.id,
-            "state": str(shown.state),
-            "since": self._wall(shown.since),
-            "reason": shown.failure.message if shown.failure else (str(shown.stop_cause) if shown.stop_cause else None),
-            "kind": shown.failure.kind if shown.failure else None,
-            "hint": shown.failure.hint if shown.failure else None,
-            "failures": shown.failures,
-            "retry_at": self._wall(shown.retry_at) if shown.state is State.FAILED else None,
-            "in_flight": shown.in_flight,
-            "queued": shown.queued,
-            "progress": shown.progress,
-            "slots": shown.facts.n_parallel if shown.facts else None,
-            "n_ctx": shown.facts.n_ctx if shown.facts else None,
-            "idle_since": self._wall(shown.idle_since) if shown.state is State.READY else None,
-            "is_stale": shown.is_stale,
-            "unit": unit.name if unit and is_up else None,
-            "pid": unit.pid if unit and is_up else None,
-            "invocation_id": unit.invocation_id if unit and is_up else None,
-        }
-        if with_story:
-            result["argv"] = list(plan.request.argv) if plan else None
-            result["socket"] = plan.request.socket_path if plan else None
-            result["sandbox"] = list(entry.recipe.sandbox.relaxations()) if entry else []
-            placed = shown.placement.notes if shown.placement else ()
-            result["notes"] = [*(plan.command.notes if plan else ()), *placed]
-            result["last_lines"] = list(shown.failure.lines) if shown.failure else []
-            result["warnings"] = [str(warning) for warning in entry.warnings] if entry else []
-            result["story"] = [
-                {"at": self._wall(step.at), "from": str(step.old), "to": str(step.new), "cause": step.cause}
-                for step in shown.story
-            ]
-        return result
+    async def _reload_all(self, _: web.Request) -> web.Response:
+        """Read settings, recipes and keys again; they are read by themselves too, a moment after they have changed."""
+        await self._reload()
+        faults = [fault_answer(fault) for fault in self._faults()]
+        message = f"everything is read again: {counted(len(self._supervisor.catalogue.entries), 'model')}"
+        return json_response({"success": True, "message": message, "faults": faults})
 
-    def _wall(self, at: float) -> float:
-        """Return a moment of the monotonic clock as seconds since 1970."""
-        return round(time.time() - (self._clock() - at), 3)
+    async def _code(self, request: web.Request) -> web.Response:
+        """Make a one-time code for the page; only whoever is at the machine may, by the Unix socket."""
+        if not _is_local(request):
+            raise AccessDeniedError("a code is made at the machine", hint="`llmstudioctl web`")
+        code = self._sessions.new_code()
+        ports = self._ports()
+        urls = [f"http://localhost:{port}/#code={code}" for port in ports]
+        return json_response({"code": code, "urls": urls, "expires_in_s": CODE_S})
+
+    async def _sign_out_all(self, _: web.Request) -> web.Response:
+        """End every session of the page."""
+        await asyncio.to_thread(self._sessions.close_all)
+        return json_response({"success": True, "message": "everybody is signed out of the page"})
 
     # Recipes and plans
-
-    async def _recipes(self, _: web.Request) -> web.Response:
-        return json_response([self._recipe_of(entry) for entry in self._supervisor.catalogue.entries.values()])
-
-    async def _recipe(self, request: web.Request) -> web.Response:
-        return json_response(self._recipe_of(self._supervisor.catalogue.entries[self._model(request)]))
-
-    def _recipe_of(self, entry: RecipeEntry) -> dict[str, Any]:
-        shown = self._supervisor.view(entry.recipe.id)
-        state = shown.state if shown else State.STOPPED
-        return {
-            **entry.recipe.as_dict(),
-            "name": entry.recipe.name or entry.recipe.id,
-            "backend": entry.recipe.backend,
-            "served_model_name": entry.recipe.alias,
-            "status": OLD_WORDS[state],
-            "state": str(state),
-            "file": entry.file,
-            "warnings": [_fault(fault) for fault in entry.warnings],
-        }
 
     async def _explain(self, request: web.Request) -> web.Response:
         model = self._model(request)
         entry = self._supervisor.catalogue.entries[model]
-        wish, _ = await self._planner.vet(entry, is_thorough=request.query.get("dry_run", "") in {"true", "1", "yes"})
+        wish, _ = await self._planner.vet(entry, is_thorough=truth(request, "dry_run"))
         found = await self._supervisor.preview(model, wish)
         plan = await self._planner.plan(entry, found.placement if found else None)
         command = await self._launcher.show(plan.request)
         told = {
-            "recipe": self._recipe_of(entry),
-            **self._plan_of(plan),
+            "recipe": recipe_answer(entry, self._supervisor.view(model)),
+            **plan_answer(plan, launcher=self._launcher.name),
             "placement": found and preview_answer(found, wish),
             "systemd_run": command,
         }
         return json_response(told)
-
-    def _plan_of(self, plan: Plan) -> dict[str, Any]:
-        context, request = plan.command.context, plan.request
-        return {
-            "argv": list(request.argv),
-            "environment": dict(request.environment),
-            "files": [{"path": file.host, "inside": file.inside} for file in request.files],
-            "socket": request.socket_path,
-            "n_ctx": context.n_ctx,
-            "n_parallel": context.n_parallel,
-            "n_ctx_total": context.n_ctx_total,
-            "notes": list(plan.command.notes),
-            "estimate": plan.estimate.as_dict() if plan.estimate else None,
-            "llama_server": {"version": plan.binary.version, "source": plan.binary.source},
-            "launcher": self._launcher.name,
-        }
-
-    def _faults(self) -> list[Fault]:
-        return [*self._settings().faults, *self._more_faults(), *self._supervisor.catalogue.faults]
 
     def _model(self, request: web.Request) -> str:
         return self._supervisor.catalogue.resolve(request.match_info["id"])
@@ -296,17 +245,52 @@ class Admin:
 
     async def _launch(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        if request.query.get("wait", "true").lower() in {"false", "0", "no"}:
+        if not truth(request, "wait", default=True):
             self._supervisor.start_load(model)
             return json_response({"success": True, "message": f"'{model}' is being loaded"}, status=202)
         try:
             await self._supervisor.load(model)
         except LlmstudioError as error:
-            return json_response({"success": False, **_detail(error)}, status=503, headers=error_headers(error))
+            return json_response({"success": False, **error_answer(error)}, status=503, headers=error_headers(error))
         unit = self._supervisor.unit_of(model)
         return json_response(
             {"success": True, "pid": unit.pid if unit else None, "message": f"'{model}' is ready", "log_file": None}
         )
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        model = self._model(request)
+        await self._supervisor.cancel(model)
+        return json_response({"success": True, "message": f"the load of '{model}' was cancelled"})
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        """Unload a model when its requests are answered, and load it again."""
+        model = self._model(request)
+        await self._supervisor.unload(model)
+        return await self._launch(request)
+
+    async def _pin(self, request: web.Request) -> web.Response:
+        """Never evict or idle-unload a model from now on; load it if it is not loaded."""
+        model = self._model(request)
+        await self._pin_model(model, True)
+        self._supervisor.start_load(model)
+        return json_response({"success": True, "message": f"'{model}' is pinned: it stays loaded until it is unpinned"})
+
+    async def _unpin(self, request: web.Request) -> web.Response:
+        model = self._model(request)
+        if self._supervisor.catalogue.entries[model].recipe.pinned:
+            hint = "take `pinned: true` out of the recipe"
+            raise ConflictError(f"'{model}' is pinned by its recipe", hint=hint)
+        await self._pin_model(model, False)
+        return json_response({"success": True, "message": f"'{model}' is not pinned any more"})
+
+    async def _reset(self, request: web.Request) -> web.Response:
+        """Forget a model's failures, also the unit that systemd keeps as failed."""
+        model = self._model(request)
+        shown = self._supervisor.view(model)
+        if shown is not None and shown.state is State.FAILED:
+            await self._launcher.stop(model, is_forced=False)
+        await self._supervisor.reset(model)
+        return json_response({"success": True, "message": f"'{model}' may be started again"})
 
     async def _evict_one(self, request: web.Request) -> web.Response:
         model = self._model(request)
@@ -337,60 +321,14 @@ class Admin:
             return json_response({"ready": False, "elapsed": elapsed, "error": "no model became ready"})
         return json_response({"ready": True, "elapsed": round(self._clock() - began, 3)})
 
-    # Logs
-
-    async def _logs(self, request: web.Request) -> web.Response:
-        model = self._model(request)
-        lines = await self._launcher.lines(model, limit=_limit(request, default=2000))
-        return json_response({"id": model, "logs": lines, "content": "\n".join(lines)})
-
-    async def _log_stream(self, request: web.Request) -> web.StreamResponse:
-        """Send the last lines, then every new one, until the reader goes; a slow one loses lines, nobody waits."""
-        model, limit = self._model(request), _limit(request, default=50)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await response.prepare(request)
-        async with contextlib.aclosing(self._launcher.follow(model, limit=limit)) as lines:  # type: ignore[type-var]
-            async for line in lines:
-                await response.write(_log_event(line))
-        return response
-
-
-def _is_up(shown: InstanceView) -> bool:
-    return shown.state in {State.LOADING, State.READY, State.DRAINING, State.STOPPING}
-
-
-def _log_event(line: str) -> bytes:
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return b"event: log\ndata: " + json_bytes({"data": {"line": line}, "timestamp": stamp}) + b"\n\n"
-
-
-def _limit(request: web.Request, *, default: int) -> int:
-    text = request.query.get("limit", str(default))
-    try:
-        return min(MAX_LINES, max(0, int(text)))
-    except ValueError:
-        raise BadRequestError(f"limit: expected a number, found '{text[:40]}'") from None
-
 
 def _is_forced(request: web.Request) -> bool:
-    return request.query.get("force", "false").lower() in {"true", "1", "yes"}
+    return truth(request, "force")
 
 
-def _fault(fault: Fault) -> dict[str, Any]:
-    return {
-        "file": fault.file,
-        "line": fault.line,
-        "key": fault.key,
-        "recipe_id": fault.recipe_id,
-        "message": fault.message,
-        "hint": fault.hint,
-        "severity": str(fault.severity),
-    }
-
-
-def _detail(error: LlmstudioError) -> dict[str, Any]:
-    detail = {"detail": error.message, "kind": error.kind, "hint": error.hint}
-    return detail | {name: error.details[name] for name in ("failure", "lines") if error.details.get(name)}
+def _is_local(request: web.Request) -> bool:
+    sock = request.transport.get_extra_info("socket") if request.transport else None
+    return sock is not None and sock.family == socket.AF_UNIX
 
 
 @web.middleware
@@ -399,7 +337,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except LlmstudioError as error:
-        return json_response(_detail(error), status=error.status, headers=error_headers(error))
+        return json_response(error_answer(error), status=error.status, headers=error_headers(error))
     except web.HTTPException as error:
         kind = "not_found" if error.status == 404 else "bad_request"
         return json_response({"detail": error.reason, "kind": kind, "hint": None}, status=error.status)

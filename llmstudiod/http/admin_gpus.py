@@ -38,12 +38,16 @@ class AdminGpus:
         return [web.get("/gpus", self._gpus)]
 
     async def _gpus(self, _: web.Request) -> web.Response:
+        return json_response(await self.measured())
+
+    async def measured(self) -> dict[str, Any]:
+        """Return the answer of ``GET /gpus``."""
         machine = await asyncio.to_thread(self._measure)
         with contextlib.suppress(LlmstudioError):  # without a llama-server there are still GPUs
             found = await self._binary()
             listed = with_listed(machine.devices, found.devices, found.device_labels, found.device_bytes)
             machine = replace(machine, devices=listed)
-        return json_response(machine_answer(machine, self._pids(), self._promised()))
+        return machine_answer(machine, self._pids(), self._promised())
 
     async def held_by(self, shown: InstanceView) -> list[dict[str, Any]]:
         """Return what a model holds of each of its GPUs: estimated, and measured where the driver tells."""

@@ -20,6 +20,7 @@ class AdminKeys:
     """Lists, makes and revokes keys.
 
     ``keys`` returns those in force, ``put`` writes all of them; either raises a ConfigError where that cannot be done.
+    ``last_uses`` tells when each was used last, and blocks.
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class AdminKeys:
         keys: Callable[[], tuple[Key, ...]],
         put: Callable[[tuple[Key, ...]], Awaitable[None]],
         model_names: Callable[[], frozenset[str]],
+        last_uses: Callable[[], dict[str, float]],
     ) -> None:
+        self._last_uses = last_uses
         self._keys = keys
         self._put = put
         self._model_names = model_names
@@ -43,7 +46,9 @@ class AdminKeys:
         ]
 
     async def _list(self, _: web.Request) -> web.Response:
-        return json_response({"keys": [_shown(key) for key in self._keys()]})
+        keys = self._keys()
+        used = await asyncio.to_thread(self._last_uses)
+        return json_response({"keys": [{**_shown(key), "last_used": used.get(key.name)} for key in keys]})
 
     async def _add(self, request: web.Request) -> web.Response:
         raw = await _object(request)

@@ -271,6 +271,7 @@ class EndpointServer(web.Server):
     """aiohttp's low-level server, making our connections.
 
     ``after_loss`` is called with a connection whose fast exchange lost its upstream in the middle of an answer.
+    ``request_factory`` makes requests that an aiohttp application takes; without it they are plain ones.
     """
 
     def __init__(
@@ -279,10 +280,13 @@ class EndpointServer(web.Server):
         *,
         fast_path: FastPath | None,
         after_loss: Callable[[ClientConnection, FastExchange], None],
+        request_factory: Callable[..., web.BaseRequest] | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._arguments = {"loop": loop, **connection_arguments()}
-        super().__init__(handler, handler_cancellation=True, **self._arguments)
+        super().__init__(
+            handler, handler_cancellation=True, request_factory=cast("Any", request_factory), **self._arguments
+        )
         self.fast_path = fast_path
         self.after_loss = after_loss
         self.is_draining = False

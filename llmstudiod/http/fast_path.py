@@ -12,9 +12,10 @@ from typing import Protocol
 from multidict import CIMultiDict
 
 from llmstudiod.core.errors import LlmstudioError
-from llmstudiod.http.access import Access, Rules
+from llmstudiod.http.access import SIGNED_IN, Access, Rules
 from llmstudiod.http.body import read_json_facts
 from llmstudiod.http.fast_parser import FastHead, FastRequest
+from llmstudiod.http.meter import Meter
 from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head
 from llmstudiod.supervisor import Supervisor, Ticket
 
@@ -48,9 +49,11 @@ class FastPath:
         *,
         max_body: Callable[[], int],
         access: Access,
+        meter: Meter,
     ) -> None:
         self._access = access
-        self._judged: dict[tuple[FastHead, str], bool] = {}
+        self._meter = meter
+        self._judged: dict[tuple[FastHead, str], str | None] = {}
         self._judged_by: Rules | None = None
         self.max_body = max_body
         self._supervisor = supervisor
@@ -60,7 +63,8 @@ class FastPath:
     def start(self, client: FastClient, request: FastRequest, data: bytes) -> "FastExchange | None":
         """Begin to serve ``request``, or return None and leave no trace."""
         head = request.head
-        if head.path not in self._paths or not self._is_let_in(head, client.local_address):
+        key = self._key_of(head, client.local_address) if head.path in self._paths else None
+        if key is None:
             return None
         body = data[request.body_start :]
         catalogue = self._supervisor.catalogue
@@ -78,7 +82,7 @@ class FastPath:
             return None
         ticket = self._supervisor.ask(model)
         assert ticket.is_settled
-        exchange = FastExchange(self._supervisor, client, ticket, head.path)
+        exchange = FastExchange(self._supervisor, self._meter, client, ticket, head.path, key)
         relay = Exchange(
             pool,
             client.write,
@@ -92,29 +96,34 @@ class FastPath:
         relay.start_on(connection, _upstream_head(head) + body)
         return exchange
 
-    def _is_let_in(self, head: FastHead, address: str) -> bool:
-        """Whether a head may come in at an address; asked once for each, since a client's heads are mostly the same.
+    def _key_of(self, head: FastHead, address: str) -> str | None:
+        """Return the name of the key with which a head may come in at an address, "" without; None: it may not.
+
+        It is asked once for each, since a client's heads are mostly the same.
 
         What needs more than a yes takes the usual way: a page that must be named in the answer, a key that may use
-        some models alone or that expires.
+        some models alone or that expires, a session.
         """
         if self._access.rules is not self._judged_by or len(self._judged) > MAX_JUDGED:
             self._judged_by = self._access.rules
             self._judged.clear()
-        known = self._judged.get((head, address))
-        if known is None:
+        try:
+            return self._judged[head, address]
+        except KeyError:
             known = self._judged[head, address] = self._judge(head, address)
-        return known
+            return known
 
-    def _judge(self, head: FastHead, address: str) -> bool:
+    def _judge(self, head: FastHead, address: str) -> str | None:
         headers = CIMultiDict((name.decode(), value.decode("utf-8", "surrogateescape")) for name, value in head.headers)
         if "Origin" in headers:
-            return False
+            return None
         try:
             key = self._access.check(headers, local_address=address, is_safe=False)
         except LlmstudioError:
-            return False  # the usual way finds it again, and words it
-        return key is None or (not key.models and not key.expires)
+            return None  # the usual way finds it again, and words it
+        if key is None:
+            return ""
+        return None if key.models or key.expires or key is SIGNED_IN else key.name
 
 
 @functools.lru_cache(maxsize=512)
@@ -125,12 +134,16 @@ def _upstream_head(head: FastHead) -> bytes:
 class FastExchange:
     """One request on the short way."""
 
-    __slots__ = ("_client", "_supervisor", "path", "relay", "ticket")
+    __slots__ = ("_client", "_key", "_meter", "_supervisor", "path", "relay", "ticket")
 
     relay: Exchange
 
-    def __init__(self, supervisor: Supervisor, client: FastClient, ticket: Ticket, path: str) -> None:
+    def __init__(
+        self, supervisor: Supervisor, meter: Meter, client: FastClient, ticket: Ticket, path: str, key: str
+    ) -> None:
         self._supervisor = supervisor
+        self._meter = meter
+        self._key = key
         self._client = client
         self.ticket = ticket
         self.path = path
@@ -138,6 +151,9 @@ class FastExchange:
     def relayed(self, outcome: Outcome) -> None:
         """Take the relay's end."""
         self._supervisor.end(self.ticket)
+        is_again = outcome is Outcome.UPSTREAM_LOST and not self.relay.sent_anything  # then the usual way notes it
+        if not is_again:
+            self._meter.exchanged(self.relay, outcome, model=self.ticket.model, key=self._key)
         if outcome is Outcome.COMPLETE:
             self._client.fast_done(is_last=self.relay.is_last)
         else:
@@ -146,4 +162,5 @@ class FastExchange:
     def client_lost(self) -> None:
         """The client is gone: cut the upstream off, so that the slot is free at once."""
         self.relay.cut()
+        self._meter.exchanged(self.relay, None, model=self.ticket.model, key=self._key)
         self._supervisor.end(self.ticket)

@@ -27,7 +27,7 @@ from llmstudiod.core.errors import (
     UpstreamCrashedError,
 )
 from llmstudiod.core.keys import Key
-from llmstudiod.core.lifecycle import State
+from llmstudiod.core.lifecycle import Failure, InstanceView, State
 from llmstudiod.core.units import format_bytes
 from llmstudiod.http import tokens
 from llmstudiod.http.access import Access, is_preflight
@@ -43,6 +43,7 @@ from llmstudiod.http.body import (
 from llmstudiod.http.client import ClientConnection, ClientStream, HeadTooLongError, Relayed, origin_form, read_body
 from llmstudiod.http.fast_path import FastExchange
 from llmstudiod.http.listing import Listing
+from llmstudiod.http.meter import Meter
 from llmstudiod.http.relay import (
     MAX_COLLECTED,
     MAX_LINE_BYTES,
@@ -52,6 +53,7 @@ from llmstudiod.http.relay import (
     is_head_too_long,
     request_head,
 )
+from llmstudiod.http.tcp_admin import TcpAdmin
 from llmstudiod.supervisor import Supervisor, Ticket
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,11 @@ class Proxy:
         max_body: int,
         wait_comment_interval_s: float,
         access: Access,
+        meter: Meter,
+        admin: TcpAdmin | None = None,
     ) -> None:
+        self._admin = admin
+        self._meter = meter
         self._supervisor = supervisor
         self.access = access
         self._pools = pools
@@ -118,6 +124,8 @@ class Proxy:
         try:
             if is_preflight(request.method, request.headers):
                 return web.Response(status=204, headers=self.access.preflight_headers(request.headers))
+            if self._admin is not None and (open_answer := await self._admin.open_to_all(request, path)) is not None:
+                return open_answer
             try:
                 _connection(request).key = self.access.check(
                     request.headers, local_address=local_address(request), is_safe=request.method in _READ_ONLY
@@ -154,6 +162,8 @@ class Proxy:
         if answer is not None:
             self._only(method, "GET", path)
             return answer
+        if self._admin is not None and (admin_answer := await self._admin.answer(request, path)) is not None:
+            return admin_answer
         if path.startswith("/api/models/unload"):
             raise AccessDeniedError(
                 "unloading a model needs admin rights, which this listener does not give",
@@ -289,7 +299,12 @@ class Proxy:
             is_last=client.is_last,
         )
         client.attach(exchange)
-        outcome = await exchange.run(head, body)
+        outcome: Outcome | None = None
+        try:
+            outcome = await exchange.run(head, body)
+        finally:
+            key = _connection(request).key
+            self._meter.exchanged(exchange, outcome, model=ticket.model, key=key.name if key else "")
         if outcome is Outcome.UPSTREAM_LOST:
             return await self._after_loss(client, exchange, ticket, path)
         if exchange.collected is not None:
@@ -337,13 +352,14 @@ class Proxy:
             async with asyncio.timeout(WHY_TIMEOUT_S):
                 while True:
                     shown = self._supervisor.view(ticket.model)
+                    failure = _failure(shown, ticket.run) if shown else None
+                    if failure is not None:
+                        details = {"failure": failure.kind, "lines": list(failure.lines)}
+                        return UpstreamCrashedError(
+                            f"'{ticket.model}' ended: {failure.message}", hint=failure.hint, details=details
+                        )
                     if shown is None or shown.run != ticket.run:
                         break
-                    if shown.failure is not None:
-                        details = {"failure": shown.failure.kind, "lines": list(shown.failure.lines)}
-                        return UpstreamCrashedError(
-                            f"'{ticket.model}' ended: {shown.failure.message}", hint=shown.failure.hint, details=details
-                        )
                     if shown.state in {State.STOPPING, State.STOPPED} and shown.stop_cause is not None:
                         return UpstreamCrashedError(f"'{ticket.model}' was stopped: {shown.stop_cause}")
                     if shown.state is State.STOPPED:
@@ -373,6 +389,13 @@ class _MethodNotAllowedError(LlmstudioError):
     """The route exists, with another method."""
 
     kind, status, exit_code, openai_type = "method_not_allowed", 405, 2, "invalid_request_error"
+
+
+def _failure(shown: InstanceView, run: int) -> Failure | None:
+    """Return why a run ended; the next one may have been started already."""
+    if shown.run == run and shown.failure is not None:
+        return shown.failure
+    return shown.last_failure[1] if shown.last_failure and shown.last_failure[0] == run else None
 
 
 async def _read_facts(read: Callable[[Bytes], RequestFacts], body: Bytes) -> RequestFacts:

@@ -123,7 +123,7 @@ class Pool:
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
-        self._time = asyncio.get_running_loop().time  # asking for the loop costs a system call on Python 3.11
+        self.time = asyncio.get_running_loop().time  # asking for the loop costs a system call on Python 3.11
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
         self.is_closed = False
@@ -131,7 +131,7 @@ class Pool:
 
     def take_idle(self) -> Connection | None:
         """Return a connection that is surely still open on the other side, the most recently used first."""
-        now = self._time()
+        now = self.time()
         while self._idle:
             connection = self._idle.pop()
             if connection.transport is not None and now - connection.idle_since < IDLE_LIMIT_S:
@@ -159,7 +159,7 @@ class Pool:
             connection.abort()
             self._lay_ready()
             return
-        connection.idle_since = self._time()
+        connection.idle_since = self.time()
         self._idle.append(connection)
 
     def _lay_ready(self) -> None:
@@ -242,12 +242,15 @@ class Exchange:
 
     ``is_begun``: the client already has a head, since it was kept alive with comments; then an upstream's answer that
     is no event stream is collected for the caller instead of being relayed.
+
+    ``began_at`` and ``first_at`` (0: not yet), by the loop's clock: when the request was sent, when its answer began.
+    ``pieces``: the first and the last three pieces of the body, as they came: there an answer tells what it has cost.
     """
 
     __slots__ = (
         "_buffer", "_connection", "_has_paused", "_is_client_paused", "_is_garbled", "_is_over", "_is_sending",
-        "_left", "_on_done", "_watcher", "_write", "client_is_http11", "collected", "head", "is_begun",
-        "is_head_request", "is_last", "pool", "sent_anything",
+        "_left", "_on_done", "_watcher", "_write", "began_at", "client_is_http11", "collected", "first_at", "head",
+        "is_begun", "is_head_request", "is_last", "pieces", "pool", "sent_anything",
     )  # fmt: skip
 
     def __init__(
@@ -268,6 +271,9 @@ class Exchange:
         self.is_last = is_last
         self.head: ResponseHead | None = None
         self.collected: bytearray | None = None
+        self.began_at = pool.time()
+        self.first_at = 0.0
+        self.pieces: tuple[bytes, bytes, bytes, bytes] = (b"", b"", b"", b"")
         self.sent_anything = False  # whether any byte of the upstream's answer was seen
         self._write = write
         self._connection: Connection | None = None
@@ -384,6 +390,7 @@ class Exchange:
                 break
             self._buffer = rest  # an interim answer such as 100 Continue is not the client's business
         self.head = head
+        self.first_at = self.pool.time()
         self._left = head.length
         self._watcher = ChunkWatcher() if head.body is Body.CHUNKED else None
         if self.is_begun:
@@ -397,6 +404,8 @@ class Exchange:
         """Relay a piece of the body (after ``head``, in the same write) and see whether it was the last."""
         assert self.head is not None
         kind = self.head.body
+        first, _, last_but_two, last_but_one = self.pieces
+        self.pieces = (first or data, last_but_two, last_but_one, data)
         is_over = kind is Body.NONE
         extra = b""
         payload: list[bytes] | None = None

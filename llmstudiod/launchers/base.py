@@ -76,6 +76,9 @@ class Launcher(Protocol):
     async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
         """Return the last lines of one run, oldest first; its latest words may still be missing."""
 
+    def told(self, unit: Unit) -> list[str]:
+        """Return what a run has written so far, oldest first, as far as it is at hand; never waits."""
+
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines of the model's log, then those that its server writes from now on."""
 
@@ -84,6 +87,9 @@ class Launcher(Protocol):
 
     async def find_running(self) -> list[FoundUnit]:
         """Return the servers of an earlier daemon that still run; they are to be watched, or to be stopped."""
+
+    async def find_failed(self) -> list[tuple[str, Exit]]:
+        """Return the models whose last server, of whichever daemon, ended in failure, and how."""
 
     async def close(self) -> None:
         """Give up whatever the launcher itself holds."""

@@ -1,6 +1,7 @@
 """Asks llmstudio-launcher, over its private socket, for what the daemon may not do."""
 
 import asyncio
+import contextlib
 import json
 import posixpath
 import socket
@@ -13,10 +14,11 @@ from llmstudiod.core import errors
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError, LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
-from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, write_request
+from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, Write, write_request
 from llmstudiod.core.settings import Settings
 
 ANSWER_TIMEOUT_S = 120.0
+TRIES = 3
 READY_FOR_S = 5.0  # the launcher waits for a request for 10 s
 MAX_ANSWER_BYTES = 4 << 20
 _KINDS = {
@@ -46,14 +48,17 @@ class PrivilegedHelper(Protocol):
 class PrivilegedProgram:
     """llama-server as the launcher finds it, asked in a sandbox. See `llmstudiod.adapters.program.Program`."""
 
+    takes_drafts = False  # it looks for itself at the recipe that is named
+
     def __init__(self, helper: PrivilegedHelper) -> None:
         self._helper = helper
         self._known: tuple[object, ServerBinary] | None = None
+        self._settings: Settings | None = None
         self._lock = asyncio.Lock()
 
-    def use_settings(self, settings: Settings) -> None:  # noqa: ARG002 - the launcher reads its own
-        """Ask again: the settings may name another."""
-        self._known = None
+    def use_settings(self, settings: Settings) -> None:
+        """Ask again: the settings may name another. The launcher reads its own."""
+        self._known, self._settings = None, settings
 
     def wake(self) -> None:
         """Say that a start will follow."""
@@ -62,11 +67,14 @@ class PrivilegedProgram:
     async def binary(self) -> ServerBinary:
         """Return what the launcher found; asked again when the file on disk has changed."""
         async with self._lock:
-            if self._known is None or self._known[0] != await asyncio.to_thread(_identity, self._known[1].argv[0]):
+            known, settings = self._known, self._settings
+            if known is None or known[0] != await asyncio.to_thread(_identity, known[1].argv[0]):
                 answer = await self._helper.ask(Act(Verb.PROBE))
                 binary = ServerBinary.from_dict(answer["binary"])
-                self._known = (await asyncio.to_thread(_identity, binary.argv[0]), binary)
-            return self._known[1]
+                known = (await asyncio.to_thread(_identity, binary.argv[0]), binary)
+            # Settings that came meanwhile are for whoever asks next.
+            self._known = known if settings is self._settings else None
+            return known[1]
 
     async def complaint(self, request: LaunchRequest) -> str | None:
         """Return what the binary's own parser says in the model's sandbox."""
@@ -79,6 +87,21 @@ class PrivilegedProgram:
         answer = await self._helper.ask(launch(Verb.DRY_RUN, request))
         output: str = answer["output"]
         return output.splitlines()
+
+
+class PrivilegedRecipes:
+    """Recipe files are root's, so the launcher writes them. See `llmstudiod.adapters.recipe_writer.RecipeWriter`."""
+
+    def __init__(self, helper: PrivilegedHelper) -> None:
+        self._helper = helper
+
+    async def put(self, name: str, text: str) -> None:
+        """Have a file written."""
+        await self._helper.ask(Write(Verb.PUT_RECIPE, name, text))
+
+    async def delete(self, name: str) -> None:
+        """Have a file removed."""
+        await self._helper.ask(Write(Verb.DELETE_RECIPE, name))
 
 
 class PrivilegedClient:
@@ -111,14 +134,21 @@ class PrivilegedClient:
             self._ready = None
 
     async def ask(self, request: Request) -> dict[str, Any]:
-        """Return the launcher's answer.
+        """Return the launcher's answer. Asked again when it ends before it has answered: it does all things over again.
 
         Raises:
             LlmstudioError: It refuses, it failed, or it is not there.
         """
+        line = b""
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                line = await self._exchange(write_request(request))
+                for _ in range(TRIES):
+                    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                        line = await self._exchange(write_request(request))
+                    if line.endswith(b"\n"):
+                        break
+            if not line.endswith(b"\n"):
+                raise ConnectionResetError("it ended before it had answered")
             answer: dict[str, Any] = json.loads(line)
         except (OSError, TimeoutError, ValueError) as error:
             raise LauncherError(

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmstudiod.adapters.binary import clean_environment
+from llmstudiod.adapters.proc import pulse
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.launchers.base import Exit, FoundUnit, Unit
-from llmstudiod.launchers.log_buffer import LogBuffer, PipeDrain
+from llmstudiod.launchers.log_buffer import MAX_LINES, LogBuffer, PipeDrain
 
 GUARD = str(Path(__file__).with_name("guard.py"))
 TERM_GRACE_S = 5.0
@@ -166,20 +167,24 @@ class SubprocessLauncher:
         """Return the last lines since the model was started last."""
         return self._log(unit.model_id).last_of_run(limit)
 
+    def told(self, unit: Unit) -> list[str]:
+        """Return the lines since the model was started last."""
+        return self._log(unit.model_id).last_of_run(MAX_LINES)
+
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines, then new ones as they come, over restarts of the model too."""
         return self._log(model_id).follow(limit)
 
     async def memory(self, unit: Unit) -> int | None:
-        """Return the process's resident memory. Source: proc_pid_statm(5)."""
-        try:
-            resident = Path(f"/proc/{unit.pid}/statm").read_text().split()[1]  # noqa: ASYNC240 - never blocks
-        except (OSError, IndexError):
-            return None
-        return int(resident) * os.sysconf("SC_PAGE_SIZE")
+        """Return the process's resident memory."""
+        return pulse(unit.pid).resident
 
     async def find_running(self) -> list[FoundUnit]:
         """Nothing outlives the daemon here."""
+        return []
+
+    async def find_failed(self) -> list[tuple[str, Exit]]:
+        """What has failed is known to the daemon that saw it."""
         return []
 
     async def close(self) -> None:

@@ -6,14 +6,17 @@ Death is seen through a pidfd, some 2 ms after it happens; the journal is 150 to
 import asyncio
 import os
 import shlex
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
+from llmstudiod.adapters.proc import pulse
 from llmstudiod.core.errors import LauncherError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.launcher_protocol import Act, Verb
 from llmstudiod.core.unit import PREFIX, inside_socket_path, unit_name
 from llmstudiod.launchers.base import Exit, FoundUnit, Unit
+from llmstudiod.launchers.journal import Journal
 from llmstudiod.launchers.privileged import PrivilegedHelper, launch
 
 COMMAND_TIMEOUT_S = 45.0
@@ -21,9 +24,12 @@ SETTLE_S = 0.05
 RETRY_S = 0.5
 JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
-_SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus"
+LATE_JOURNAL_S = 3.0
+_SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus,ExecMainPID"
+_INTERRUPTED = ("D-Bus connection terminated", "Failed to connect to", "Connection reset by peer", "Transport endpoint")
 _CLD_EXITED = "1"
 _NOT_SET = (1 << 64) - 1  # systemd counts nothing
+_UNIT_FAILED = "d9b373ed55a64feb8242e02dbe79a49c"  # sd-messages.h, SD_MESSAGE_UNIT_FAILURE_RESULT
 _EXIT_EXEC = "203"  # systemd.exec(5), "Process Exit Codes"
 
 
@@ -45,6 +51,8 @@ class SystemdLauncher:
 
     def __init__(self, helper: PrivilegedHelper) -> None:
         self._helper = helper
+        self._journal = Journal()
+        self._started: set[str] = set()  # the runs that the journal was followed through from their beginning
 
     def socket_path(self, model_id: str) -> str:
         """Return the socket in the unit's own runtime directory."""
@@ -59,8 +67,9 @@ class SystemdLauncher:
     async def start(self, request: LaunchRequest) -> Unit:
         """Start the unit; a failed one of the same name is cleared away first."""
         name = unit_name(request.model_id)
+        self._journal.start()
         try:
-            _ = await self._helper.ask(launch(Verb.START, request))
+            await self._start_unit(request)
         except LauncherError as error:
             lines = [line.strip() for line in error.message.splitlines() if line.strip()]
             lines = lines or await _failed_start(name, request.argv[0])
@@ -74,7 +83,18 @@ class SystemdLauncher:
                 shown = await _answered(name)
         except TimeoutError:
             raise LauncherError(f"cannot start {name}: systemd does not tell its state") from None
+        self._started.add(shown["InvocationID"])
         return Unit(request.model_id, name, int(shown["MainPID"]), shown["InvocationID"])
+
+    async def _start_unit(self, request: LaunchRequest) -> None:
+        """Have the unit started, once more where systemd itself was restarted meanwhile."""
+        try:
+            _ = await self._helper.ask(launch(Verb.START, request))
+        except LauncherError as error:
+            if not any(words in error.message for words in _INTERRUPTED):
+                raise
+            await asyncio.sleep(RETRY_S)
+            _ = await self._helper.ask(launch(Verb.START, request))
 
     async def wait(self, unit: Unit) -> Exit:
         """Return when the unit's process has ended and systemd has settled its state."""
@@ -83,14 +103,11 @@ class SystemdLauncher:
         while shown["InvocationID"] == unit.invocation_id and shown["ActiveState"] in {"active", "deactivating"}:
             await asyncio.sleep(SETTLE_S)
             shown = await _answered(unit.name)
-        if shown["InvocationID"] != unit.invocation_id or shown["ActiveState"] != "failed":
-            return Exit("success", code=0)  # a unit that ended cleanly is gone at once
         await asyncio.sleep(JOURNAL_LAG_S)
-        lines = await _journal(f"_SYSTEMD_INVOCATION_ID={unit.invocation_id}", limit=LAST_LINES)
-        status = int(shown["ExecMainStatus"] or 0)
-        if shown["ExecMainCode"] == _CLD_EXITED:
-            return Exit(shown["Result"], code=status, lines=tuple(lines))
-        return Exit(shown["Result"], signal=status, lines=tuple(lines))
+        if shown["InvocationID"] == unit.invocation_id and shown["ActiveState"] == "failed":
+            return await _exit(unit.name, shown, patience_s=LATE_JOURNAL_S)
+        lines = await self.run_lines(unit, limit=LAST_LINES)
+        return Exit("success", code=0, lines=tuple(lines))  # a unit that ended cleanly is gone at once
 
     async def stop(self, model_id: str, *, is_forced: bool) -> None:
         """Stop the unit: SIGTERM, ten seconds, SIGKILL, as its properties say."""
@@ -107,7 +124,11 @@ class SystemdLauncher:
 
     async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
         """Return the last lines of the unit's journal since it was started."""
-        return await _journal(f"_SYSTEMD_INVOCATION_ID={unit.invocation_id}", limit=limit)
+        return await _run_journal(unit.name, unit.invocation_id, str(unit.pid), limit=limit)
+
+    def told(self, unit: Unit) -> list[str]:
+        """Return what the journal's follower has brought of a run."""
+        return self._journal.lines(unit.invocation_id)
 
     async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield the journal's last lines, then new ones as they come, some 200 ms late."""
@@ -126,10 +147,10 @@ class SystemdLauncher:
             await process.wait()
 
     async def memory(self, unit: Unit) -> int | None:
-        """Return what systemd counts for the unit; nothing where the machine has no memory controller."""
+        """Return what systemd counts for the unit; where the machine has no memory controller, what /proc tells."""
         _, output = await _run(["systemctl", "show", "--property=MemoryCurrent", "--value", unit.name])
         value = int(output) if output.strip().isdecimal() else _NOT_SET
-        return None if value == _NOT_SET else value
+        return pulse(unit.pid).resident if value == _NOT_SET else value
 
     async def find_running(self) -> list[FoundUnit]:
         """Return the units that run, with what they say of themselves in their environment."""
@@ -139,12 +160,23 @@ class SystemdLauncher:
         )
         if code:
             raise LauncherError(f"systemd does not tell which models run: {output.strip()}")
-        found = [_found(block) for block in output.split("\n\n")]
-        return [unit for unit in found if unit is not None]
+        found = [unit for block in output.split("\n\n") if (unit := _found(block)) is not None]
+        if found:
+            self._journal.start()
+        return found
+
+    async def find_failed(self) -> list[tuple[str, Exit]]:
+        """Return the units that systemd keeps as failed, with the last lines of each."""
+        names = f"Id,ActiveState,Environment,{_SHOWN}"
+        code, output = await _run(["systemctl", "show", f"--property={names}", f"{PREFIX}*.service"])
+        blocks = [_properties(block) for block in output.split("\n\n")] if not code else []
+        failed = [shown for shown in blocks if shown["ActiveState"] == "failed"]
+        return [(shown["Id"][len(PREFIX) : -len(".service")], await _exit(shown["Id"], shown)) for shown in failed]
 
     async def close(self) -> None:
         """Give up the way to the launcher; units belong to systemd."""
         self._helper.close()
+        await self._journal.close()
 
 
 async def _run(argv: Sequence[str]) -> tuple[int, str]:
@@ -184,6 +216,21 @@ def _found(block: str) -> FoundUnit | None:
     return FoundUnit(Unit(model, shown["Id"], pid, shown["InvocationID"]), recipe_hash)
 
 
+async def _exit(name: str, shown: Mapping[str, str], *, patience_s: float = 0.0) -> Exit:
+    """Return how a failed unit ended, with its last lines; a journald that is behind is waited for."""
+    run, pid = shown["InvocationID"], shown["ExecMainPID"]
+    deadline = time.monotonic() + patience_s
+    while not (lines := await _run_journal(name, run, pid, limit=LAST_LINES)) and time.monotonic() < deadline:
+        is_complete = bool(await _journal(f"INVOCATION_ID={run}", f"MESSAGE_ID={_UNIT_FAILED}", "_PID=1", limit=1))
+        await asyncio.sleep(SETTLE_S)  # what systemd says of the end may come before the process's own last words
+        if is_complete:
+            deadline = 0.0
+    status = int(shown["ExecMainStatus"] or 0)
+    if shown["ExecMainCode"] == _CLD_EXITED:
+        return Exit(shown["Result"], code=status, lines=tuple(lines))
+    return Exit(shown["Result"], signal=status, lines=tuple(lines))
+
+
 async def _answered(name: str) -> dict[str, str]:
     """Return a unit's properties; ask until there is an answer, for systemd may be busy or just being upgraded.
 
@@ -198,8 +245,13 @@ async def _show(name: str) -> dict[str, str] | None:
     code, output = await _run(["systemctl", "show", f"--property={_SHOWN}", name])
     if code:
         return None
+    return _properties(output)
+
+
+def _properties(block: str) -> dict[str, str]:
+    """Return what ``systemctl show`` tells of one unit; what it does not tell is empty."""
     shown = dict.fromkeys(_SHOWN.split(","), "") | {"MainPID": "0"}
-    for line in output.splitlines():
+    for line in block.splitlines():
         key, _, value = line.partition("=")
         shown[key] = value
     return shown
@@ -208,6 +260,16 @@ async def _show(name: str) -> dict[str, str] | None:
 async def _journal(*matches: str, limit: int) -> list[str]:
     _, output = await _run(["journalctl", "-q", "-o", "cat", "--all", "-n", str(limit), *matches])
     return output.splitlines()
+
+
+async def _run_journal(name: str, invocation_id: str, pid: str, *, limit: int) -> list[str]:
+    """Return the last lines of one run.
+
+    What journald reads only after the unit has failed bears no invocation id: systemd has taken the link away by then
+    from which journald learns it. The process that wrote it is told all the same.
+    """
+    run = f"_SYSTEMD_INVOCATION_ID={invocation_id}"
+    return await _journal("--boot", run, "+", f"_SYSTEMD_UNIT={name}", f"_PID={pid}", limit=limit)
 
 
 async def _process_end(unit: Unit) -> None:

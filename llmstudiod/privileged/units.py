@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from llmstudiod.core import binary_answers as about
+from llmstudiod.core import unit
 from llmstudiod.core.bound_file import model_files
 from llmstudiod.core.command import DRY_RUN_MARK, ServerBinary, dry_run
 from llmstudiod.core.errors import LauncherError
@@ -18,12 +19,10 @@ from llmstudiod.core.gpu_nodes import nvidia_minors, with_gpus
 from llmstudiod.core.launch import LaunchRequest, launch_request, question, with_fallback
 from llmstudiod.core.launcher_protocol import Act, Launch, Request, Verb, Write
 from llmstudiod.core.settings import Settings
-from llmstudiod.core.unit import inside_socket_path, question_argv, stop_argv, systemd_run_argv, unit_name
 from llmstudiod.privileged.files import checked, looked_at
 from llmstudiod.privileged.store import Store, identity
 
-COMMAND_TIMEOUT_S = 45.0
-QUESTION_TIMEOUT_S = 20.0
+COMMAND_TIMEOUT_S, QUESTION_TIMEOUT_S = 45.0, 20.0
 PIPES: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 GPU_NODES = ("nvidia*", "nvidia-caps/*", "dri/renderD*", "kfd")
 
@@ -42,7 +41,7 @@ class Units:
             case Launch():
                 wanted = self._request(request, settings)
                 if request.verb is Verb.SHOW:
-                    return {"command": systemd_run_argv(wanted)}
+                    return {"command": unit.systemd_run_argv(wanted)}
                 if request.verb is Verb.DRY_RUN:
                     return {"output": self._ask(replace(wanted, argv=dry_run(wanted.argv)))[1]}
                 if request.verb is Verb.CHECK:
@@ -67,7 +66,7 @@ class Units:
         recipe, binary = self._store.recipe(launch, settings), self._binary(settings)
         files = model_files(recipe, launch, settings.model_dirs, os.path)
         request, _ = launch_request(
-            recipe, files, binary, recipe_file=launch.file, socket_path=inside_socket_path(recipe.id),
+            recipe, files, binary, recipe_file=launch.file, socket_path=unit.inside_socket_path(recipe.id),
             is_sandboxed=True, decisions=launch.decisions,
         )  # fmt: skip
         gpus = Path("/proc/driver/nvidia/gpus").glob("*/information")
@@ -103,20 +102,22 @@ class Units:
 
     def _ask(self, wanted: LaunchRequest) -> about.Answer:
         """Return how it ended and what it printed; a dry run is ended before it takes what it has counted."""
-        unit, output = f"llmstudio-question-{os.getpid()}-{next(self._numbers)}.service", ""
-        with subprocess.Popen(question_argv(wanted, unit=unit, timeout_s=QUESTION_TIMEOUT_S), **PIPES) as process:
+        name, output = f"llmstudio-question-{os.getpid()}-{next(self._numbers)}.service", ""
+        with subprocess.Popen(unit.question_argv(wanted, unit=name, timeout_s=QUESTION_TIMEOUT_S), **PIPES) as process:
             for line in process.stdout or ():
                 output += line.decode(errors="replace")
                 if DRY_RUN_MARK.encode() in line:
-                    _run("systemctl", "kill", "--signal=SIGKILL", unit)
+                    _run("systemctl", "kill", "--signal=SIGKILL", name)
         return process.returncode, output
 
 
 def start_unit(request: LaunchRequest) -> None:
     """Start a model's unit and return when its program is being executed; LauncherError when systemd has not."""
-    argv = systemd_run_argv(request)
+    argv = unit.systemd_run_argv(request)
     code, output = _run(*argv)
     if code and "already loaded" in output:  # a run of before, which the daemon does not watch
+        if unit.runs_as_asked(_run(*unit.show_argv(request.model_id))[1], request):
+            return  # it was asked for by a daemon that ended before it had the answer
         stop_unit(request.model_id, is_forced=False)
         code, output = _run(*argv)
     if code:
@@ -126,9 +127,9 @@ def start_unit(request: LaunchRequest) -> None:
 def stop_unit(model_id: str, *, is_forced: bool) -> None:
     """Stop a model's unit and free its name; one that is not there is stopped. LauncherError when systemd has not."""
     if is_forced:
-        _run("systemctl", "kill", "--signal=SIGKILL", unit_name(model_id))
-    code, output = _run(*stop_argv(model_id))
-    _run("systemctl", "reset-failed", unit_name(model_id))
+        _run("systemctl", "kill", "--signal=SIGKILL", unit.unit_name(model_id))
+    code, output = _run(*unit.stop_argv(model_id))
+    _run("systemctl", "reset-failed", unit.unit_name(model_id))
     if code not in (0, 5):  # 5: it is not loaded; systemctl(1), "Exit Status"
         raise LauncherError(output.strip() or f"systemctl ended with {code}")
 
@@ -153,5 +154,4 @@ def _gpu_nodes() -> list[str]:
 def _with_groups(request: LaunchRequest) -> LaunchRequest:
     """Return the request with the groups that may open its nodes, where not everybody may."""
     closed = {node.st_gid for node in map(os.stat, request.devices) if node.st_gid and not node.st_mode & 0o006}
-    groups = sorted(group.gr_name for group in grp.getgrall() if group.gr_gid in closed)
-    return replace(request, device_groups=tuple(groups))
+    return replace(request, device_groups=tuple(sorted(g.gr_name for g in grp.getgrall() if g.gr_gid in closed)))

@@ -27,6 +27,7 @@ _llmstudioctl() {
             -?*:*) wants="" ;;
             :--socket) wants=--socket ;;
             :--lines | :-n) [[ $command == logs ]] && wants=--lines ;;
+            :--id | :--set) [[ $command == "recipe new" ]] && wants=--n ;;
             :--models | :--expires) [[ $command == "key add" ]] && wants=$word ;;
             :--n-ctx | :--n-parallel | :--n-gpu-layers | :--n-ubatch | :--n-cpu-moe) [[ $command == estimate ]] && wants=--n ;;
             :--cache-type-[kv] | :--draft-model | :--mmproj) [[ $command == estimate ]] && wants=$word ;;
@@ -34,7 +35,7 @@ _llmstudioctl() {
             *)
                 case $command in
                     "") command=$word ;;
-                    key) command="key $word" ;;
+                    key | recipe) command="$command $word" ;;
                     *) ((operands++)) ;;
                 esac
                 ;;
@@ -65,13 +66,18 @@ _llmstudioctl() {
             if [[ $cur == -* ]]; then
                 mapfile -t COMPREPLY < <(compgen -W "$common" -- "$cur")
             else
-                mapfile -t COMPREPLY < <(compgen -W "list status load unload logs check explain estimate gpus key schema version" -- "$cur")
+                mapfile -t COMPREPLY < <(compgen -W "list status load unload restart pin unpin cancel reset watch logs check explain estimate gpus key recipe web top reload doctor schema version" -- "$cur")
             fi
             return
             ;;
         explain) options="--dry-run $common" ;;
-        list | status | check | gpus | schema | version) options=$common ;;
+        list | status | restart | pin | unpin | cancel | reset | watch | check | gpus | reload | doctor | schema | version) options=$common ;;
         key | "key list" | "key revoke") options=$common ;;
+        recipe | "recipe edit" | "recipe show" | "recipe delete") options=$common ;;
+        "recipe new") options="--id --set --edit $common" ;;
+        "recipe from-command") options="--save $common" ;;
+        web) options="--no-open --sign-out $common" ;;
+        top) options="--once $common" ;;
         "key add") options="--admin --metrics --models --expires $common" ;;
         estimate) options="--n-ctx --n-parallel --kv-unified --n-gpu-layers --cache-type-k --cache-type-v --n-ubatch --no-flash-attn --n-cpu-moe --draft-model --mmproj $common" ;;
         load) options="--no-wait $common" ;;
@@ -85,14 +91,15 @@ _llmstudioctl() {
         return
     fi
     case $command in
-        status | load | unload | logs | explain)
+        status | load | unload | restart | pin | unpin | cancel | reset | logs | explain | "recipe edit" | "recipe show" | "recipe delete")
             ((operands == 0)) && mapfile -t COMPREPLY < <(compgen -W "$(_llmstudioctl_names "$socket")" -- "$cur")
             ;;
         key) mapfile -t COMPREPLY < <(compgen -W "add list revoke" -- "$cur") ;;
+        recipe) mapfile -t COMPREPLY < <(compgen -W "new edit show delete from-command" -- "$cur") ;;
         "key revoke")
             ((operands == 0)) && mapfile -t COMPREPLY < <(compgen -W "$(_llmstudioctl_names "$socket" keys)" -- "$cur")
             ;;
-        check | estimate)
+        check | estimate | "recipe new")
             compopt -o filenames 2>/dev/null
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")
             ;;

@@ -76,6 +76,10 @@ class FakeLauncher(Launcher):
         """Return no lines: it writes none."""
         return []
 
+    def told(self, unit: Unit) -> list[str]:
+        """Return no lines: it writes none."""
+        return []
+
     async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield no lines."""
         lines: tuple[str, ...] = ()
@@ -88,6 +92,10 @@ class FakeLauncher(Launcher):
 
     async def find_running(self) -> list[FoundUnit]:
         """Find nothing left."""
+        return []
+
+    async def find_failed(self) -> list[tuple[str, Exit]]:
+        """Find nothing that failed."""
         return []
 
     async def close(self) -> None:
@@ -108,7 +116,7 @@ class FakePlanner(Planner):
         """Return one that nobody runs."""
         return ServerBinary(("fake",), "test")
 
-    async def plan(self, entry: RecipeEntry, placement: Placement | None = None) -> Plan:
+    async def plan(self, entry: RecipeEntry, placement: Placement | None = None, *, is_draft: bool = False) -> Plan:
         """Return a plan with nothing but the socket and the name."""
         recipe = entry.recipe
         self.placements.append((recipe.id, placement))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmstudiod.adapters.proc import Pulse
+from llmstudiod.adapters.usage_log import Served
 from llmstudiod.core.catalogue import build_catalogue
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.model_spec import LifecycleDefaults
@@ -22,6 +24,7 @@ from llmstudiod.http.access import Access, Rules
 from llmstudiod.http.client import EndpointServer
 from llmstudiod.http.fast_path import FastPath
 from llmstudiod.http.listing import Listing
+from llmstudiod.http.meter import Meter
 from llmstudiod.http.proxy import FORWARDED_POSTS, Proxy
 from llmstudiod.http.relay import Pools
 from llmstudiod.supervisor import Supervisor
@@ -161,6 +164,7 @@ class House:
     endpoint: EndpointServer
     port: int
     planner: FakePlanner
+    served: list[Served] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     _clients: list[Client] = field(default_factory=list)
 
@@ -268,21 +272,26 @@ async def open_house(
         launcher=launcher,
         planner=planner,
         upstreams=pools,
-        progress_mark=lambda _: None,
+        pulse=lambda _: Pulse(),
         clock=loop.time,
     )
     catalogue = build_catalogue([RecipeEntry(recipe, file=f"{recipe.id}.yaml", line=1) for recipe in recipes])
     supervisor.use_catalogue(catalogue, LifecycleDefaults(max_queue=max_queue), max_instances=0)
-    access = Access(rules, own_names=frozenset())
+    access = Access(rules, own_names=frozenset(), is_session=lambda _: False)
     listing = Listing(supervisor, created=1_700_000_000)
+    served: list[Served] = []
+    meter = Meter(served.append)
     proxy = Proxy(
-        supervisor, pools, listing, max_body=max_body, wait_comment_interval_s=wait_comment_interval_s, access=access
+        supervisor, pools, listing, max_body=max_body, wait_comment_interval_s=wait_comment_interval_s, access=access,
+        meter=meter,
+    )  # fmt: skip
+    fast_path = FastPath(
+        supervisor, pools, FORWARDED_POSTS, max_body=lambda: proxy.max_body, access=access, meter=meter
     )
-    fast_path = FastPath(supervisor, pools, FORWARDED_POSTS, max_body=lambda: proxy.max_body, access=access)
     endpoint_path = fast_path if has_fast_path else None
     endpoint = EndpointServer(proxy.handle, fast_path=endpoint_path, after_loss=proxy.after_fast_loss)
     server = await loop.create_server(endpoint, "127.0.0.1", 0)
-    house = House(launcher, supervisor, pools, proxy, endpoint, server.sockets[0].getsockname()[1], planner)
+    house = House(launcher, supervisor, pools, proxy, endpoint, server.sockets[0].getsockname()[1], planner, served)
     loop.set_exception_handler(lambda _, context: house.faults.append(f"{context['message']}: {context}"))
     handler = _Faults(house.faults)
     logging.getLogger().addHandler(handler)

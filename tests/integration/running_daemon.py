@@ -1,6 +1,7 @@
 """A daemon process of our own, with plain processes as models, for tests that look at it from outside."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def wait_until(condition: Callable[[], T], *, timeout_s: float = 15) -> T:
 
 
 @contextmanager
-def running_daemon(home: Path, **settings: object) -> Iterator[RunningDaemon]:
+def running_daemon(home: Path, *, state_directory: Path | None = None, **settings: object) -> Iterator[RunningDaemon]:
     """Start a daemon with its files below ``home``, and end it with SIGTERM."""
     for name in ("models", "recipes.d"):
         (home / name).mkdir(exist_ok=True)
@@ -84,8 +85,12 @@ def running_daemon(home: Path, **settings: object) -> Iterator[RunningDaemon]:
         }
         config = home / "llmstudiod.yaml"
         config.write_text(json.dumps(values))
+        environment = os.environ | ({"STATE_DIRECTORY": str(state_directory)} if state_directory else {})
         process = subprocess.Popen(
-            [sys.executable, "-m", "llmstudiod.daemon.main", "--config", str(config)], stdout=log, stderr=log
+            [sys.executable, "-m", "llmstudiod.daemon.main", "--config", str(config)],
+            stdout=log,
+            stderr=log,
+            env=environment,
         )
         try:
             admin = Client(str(values["admin_socket"]))

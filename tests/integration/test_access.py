@@ -230,7 +230,7 @@ async def test_allowed_page_may_ask_and_read(house: House) -> None:
 )
 def test_listener_that_others_reach_needs_keys(rules: Rules, address: str, error: type[Exception] | None) -> None:
     """Unless the setting says otherwise; the daemon never exits for it."""
-    access = Access(rules, own_names=frozenset({"gpu-box"}), now=time.time)
+    access = Access(rules, own_names=frozenset({"gpu-box"}), is_session=lambda _: False, now=time.time)
     headers = {"Host": address if ":" not in address else f"[{address}]"}
     if error is None:
         assert access.check(headers, local_address=address, is_safe=False) is None

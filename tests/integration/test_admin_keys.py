@@ -43,7 +43,8 @@ def keys() -> Keys:
 @pytest.fixture
 async def client(keys: Keys, aiohttp_client: Any) -> aiohttp.ClientSession:
     """A client of the routes."""
-    routes = AdminKeys(keys=lambda: keys.keys, put=keys.put, model_names=lambda: frozenset({"tiny"}))
+    names = frozenset({"tiny"})
+    routes = AdminKeys(keys=lambda: keys.keys, put=keys.put, model_names=lambda: names, last_uses=dict)
     app = web.Application(middlewares=[errors])
     app.add_routes(routes.routes())
     session: aiohttp.ClientSession = await aiohttp_client(app)

@@ -318,6 +318,24 @@ async def test_last_lines_are_of_this_run(rig: Rig) -> None:
     assert await rig.line_with("from the first run")
 
 
+@pytest.mark.skipif(KIND != "systemd", reason="only the journal can be late")
+async def test_late_journal_costs_no_reason(rig: Rig) -> None:
+    """What a busy journald reads only after the unit has failed, without the run's id, explains the end as well."""
+    shown = await asyncio.create_subprocess_exec(
+        "systemctl", "show", "--value", "--property=MainPID", "systemd-journald", stdout=asyncio.subprocess.PIPE
+    )
+    journald = int((await shown.communicate())[0])
+    await rig.run_to_end("echo from the first run; exit 3")
+    os.kill(journald, signal.SIGSTOP)
+    resume = asyncio.get_running_loop().call_later(1.0, os.kill, journald, signal.SIGCONT)
+    try:
+        end = await rig.run_to_end("echo from the second run; exit 4")
+    finally:
+        resume.cancel()
+        os.kill(journald, signal.SIGCONT)
+    assert (end.code, [line for line in end.lines if "run" in line]) == (4, ["from the second run"])
+
+
 async def test_restart_after_failure(rig: Rig) -> None:
     """After a failure the same model starts again, as another run."""
     first = await rig.start("exit 3")

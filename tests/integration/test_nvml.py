@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from llmstudiod.core.devices import Device, DeviceProcess, Machine
+from llmstudiod.demo.tiny_gguf import write_tiny_gguf
 from tests.integration.nvml_stub import GIB, Bench, build_library, gpu, uuid
-from tests.integration.running_daemon import running_daemon
+from tests.integration.running_daemon import running_daemon, wait_until
 
 UNEQUAL = (24, 8, 80, 12, 48, 16, 11, 6)
 OURS = "0::/llmstudio.slice/llmstudio-models.slice/llmstudio-model-qwen3-32b.service\n"
@@ -245,6 +247,38 @@ def test_gpus_are_shown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1    NVIDIA Test 8G   1.0 GiB / 8.0 GiB  30%   45 °C  70 of 300 W" in shown.stdout
     assert f", pid {pid}, 1.0 GiB, not ours" in shown.stdout
     assert "RAM  " in shown.stdout.splitlines()[-1]
+
+
+@pytest.mark.engine
+def test_metrics_are_those_of_the_manual(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its name and labels, and no other; every value is one of its kind."""
+    for name, value in bench.environment.items():
+        monkeypatch.setenv(name, value)
+    (bench.home / "scenario").write_text(gpu(0, 24))
+    (bench.home / "models").mkdir()
+    write_tiny_gguf(bench.home / "models" / "tiny.gguf")
+    with running_daemon(bench.home) as daemon:
+        daemon.ctl("load", "tiny")
+        daemon.admin.post("benchmark", query="prompt_tokens=50&max_tokens=8")
+        wait_until(lambda: "model_memory_bytes" in daemon.admin.text("metrics"), timeout_s=60)
+        text = daemon.admin.text("metrics")
+    page = (Path(__file__).parents[2] / "docs" / "man" / "llmstudiod.8").read_text()
+    section = page.partition(".Sh METRICS\n")[2].partition("\n.Sh ")[0]
+    rows = re.findall(r"^\.It ([a-z_]+) Ta ([a-z_, ]*)Ta ", section, re.MULTILINE)
+    told = {name: {word for word in labels.replace(",", " ").split() if word} for name, labels in rows}
+    found: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("#"):
+            continue
+        match = re.fullmatch(r"llmstudio_([a-z_]+)(?:\{(.*)\})? (\S+)", line)
+        assert match is not None, line
+        found[match[1]] = set(re.findall(r"([a-z_]+)=\"", match[2] or ""))
+        assert float(match[3]) >= 0
+    assert found == told
+    kinds = dict(re.findall(r"^# TYPE llmstudio_(\S+) (\S+)$", text, re.MULTILINE))
+    assert {name: kind == "counter" for name, kind in kinds.items()} == {
+        name: name.endswith("_total") for name in found
+    }
 
 
 def test_machine_without_gpus_is_shown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from tests.integration.house import Answer, Client, House, eventually, open_hous
 ASK = {"model": "tiny"}
 STREAM = ASK | {"stream": True}
 ABORT_WITHIN_S = 0.1
-CRASH = Exit("exit-code", code=1, lines=("error: invalid argument: --bad",))
+CRASH = Exit("core-dump", signal=6, lines=("CUDA error: an illegal memory access --bad",))
+REFUSAL = Exit("exit-code", code=1, lines=("error: invalid argument: --bad",))
 SOON = 0.05
 
 
@@ -238,8 +239,8 @@ async def test_crash_before_the_head(warm: House, sent: bytes, ask: dict[str, An
     reply = await warm.post(ask)
     assert (reply.status, reply.error["kind"], reply.error["type"]) == (502, "upstream_crashed", "server_error")
     assert "--bad" in reply.error["message"]
-    assert reply.error["failure"] == "bad_args"
-    assert reply.error["lines"] == ["error: invalid argument: --bad"]
+    assert reply.error["failure"] == "gpu_error"
+    assert reply.error["lines"] == ["CUDA error: an illegal memory access --bad"]
     assert len(warm.tiny.requests) == 1
 
 
@@ -255,7 +256,7 @@ async def test_crash_in_a_stream(warm: House) -> None:
     client = await post_and_read_head(warm)
     assert await client.read_chunk() == b"data: one\n\n"
     error = await read_error(client)
-    assert (error["kind"], error["failure"]) == ("upstream_crashed", "bad_args")
+    assert (error["kind"], error["failure"]) == ("upstream_crashed", "gpu_error")
 
 
 async def test_request_sent_while_the_reason_is_sought(warm: House) -> None:
@@ -468,7 +469,7 @@ async def test_load_that_fails_later_is_a_status_without_a_stream(cold: House) -
     client = await cold.connect()
     await client.post(ASK)
     await eventually(lambda: cold.state() is State.LOADING)
-    cold.launcher.die("tiny", CRASH)
+    cold.launcher.die("tiny", REFUSAL)
     reply = await client.answer()
     assert (reply.status, reply.error["kind"], reply.error["failure"]) == (503, "load_failed", "bad_args")
 
@@ -477,7 +478,7 @@ async def test_load_that_fails_after_comments_is_an_event(cold: House) -> None:
     """Once a stream was begun, a failure is its last event."""
     client = await post_and_read_head(cold)
     await read_comment(client)
-    cold.launcher.die("tiny", CRASH)
+    cold.launcher.die("tiny", REFUSAL)
     error = await read_error(client)
     assert (error["kind"], error["failure"]) == ("load_failed", "bad_args")
 
@@ -510,7 +511,7 @@ async def test_crash_after_comments_is_an_event(cold: House, sent: bytes) -> Non
     async def script(call: Call) -> None:
         await call.send(sent)
         await asyncio.sleep(0.01)
-        cold.launcher.die("tiny", CRASH)
+        cold.launcher.die("tiny", REFUSAL)
         call.is_open = False
 
     cold.tiny.script = script

@@ -160,3 +160,24 @@ def test_forced_unload_answers_those_who_wait(loading: Daemon) -> None:
     assert len(answers) == 2
     assert all("'big' was unloaded on request" in answer.text for answer in answers), answers
     assert [unit for unit in loading.model_units() if UNIT in unit] == []
+
+
+def test_progress_of_a_load_is_told(loading: Daemon) -> None:
+    """What is in memory of the file and what the log says make a share that only grows, and ends at one."""
+    watching = loading.host.popen("llmstudioctl", "watch", "--json", stdout=-1)
+    try:
+        assert watching.stdout is not None
+        events = (json.loads(line) for line in watching.stdout)
+        next(events)
+        loading.ctl("load", "big")
+        shares: list[float] = []
+        for event in events:
+            told = event["data"]
+            if told.get("recipe_id") == "big" and told.get("progress"):
+                shares.append(told["progress"])
+            if told.get("to") == "ready":
+                break
+    finally:
+        watching.kill()
+    assert shares == sorted(shares)
+    assert len({share for share in shares if 0.05 < share < 1}) >= 2, shares

@@ -119,6 +119,9 @@ def test_unit_has_the_properties_that_were_asked_for(daemon: Daemon) -> None:
         shown = daemon.show(UNIT, shown_name).get(shown_name)
         if shown is None or shlex.split(shown.strip("{}")) != shlex.split(expected):
             differing[name] = (expected, shown)
+    # What was learned from this very run may have moved the limit of the next one a little.
+    limit, limit_shown = differing.pop("MemoryMax", ("1", "1"))
+    assert int(limit_shown or 0) == pytest.approx(int(limit), rel=0.01)
     assert differing == {}
     assert daemon.show(UNIT, "Slice") == {"Slice": "llmstudio-models.slice"}
     assert "llmstudiod.service" in daemon.show(UNIT, "Before")["Before"].split()
@@ -196,7 +199,10 @@ def test_model_outlives_the_daemon(daemon: Daemon, how: str) -> None:
     assert daemon.show(UNIT, "MainPID", "InvocationID") == shown
     status = daemon.status("tiny")
     assert (status["state"], status["pid"]) == ("ready", int(shown["MainPID"]))
-    assert status["story"][0]["cause"] == "it was running already"
+    causes = [step["cause"] for step in status["story"]]
+    assert "it was running already" in causes
+    if how == "restart":  # what it had written down is not lost; a moment of it is, where it was killed
+        assert causes[0] == "wanted by a request"
     daemon.ctl("unload", "tiny")
     assert daemon.model_units() == []
 

@@ -157,6 +157,16 @@ def test_programs_are_where_the_units_and_people_look(packaged: Daemon) -> None:
     host.run("sh", "-c", "systemd-analyze verify --man=no /usr/lib/systemd/system/llmstudio*")
 
 
+def test_page_comes_with_the_package(packaged: Daemon) -> None:
+    """Every file of it."""
+    files = [
+        f"page/{path.name}" for path in (REPOSITORY / "llmstudiod/page").iterdir() if path.suffix in {".js", ".css"}
+    ]
+    urls = [f"http://127.0.0.1:8080/{path}" for path in ("", *files)]
+    words = ("curl", "-sS", "-m", "20", "-o", "/dev/null", "-w", "%{http_code} ", "-H", "Accept: text/html")
+    assert {packaged.host.run(*words, url).stdout for url in urls} == {"200 "}
+
+
 def test_older_systemd_is_refused_with_the_reason(package: Path, base_tree: Path) -> None:
     """Before anything is unpacked, and in a sentence."""
     with Host() as host:

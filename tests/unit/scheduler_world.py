@@ -17,6 +17,7 @@ from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.events import (
     Action,
     BecameReady,
+    CancelAsked,
     Done,
     Event,
     Grant,
@@ -28,6 +29,7 @@ from llmstudiod.core.events import (
     Refuse,
     RequestArrived,
     RequestEnded,
+    ResetAsked,
     SetTimer,
     ShutdownAsked,
     SpecsChanged,
@@ -38,6 +40,7 @@ from llmstudiod.core.events import (
     UnitFailed,
     UnitFound,
     UnitGone,
+    UnitHung,
     UnitStarted,
     UnloadAsked,
     VetPlan,
@@ -52,6 +55,7 @@ LOAD_S = 3.0
 OOM = Failure("oom_vram", "the GPU's memory is too small for it", "lower n_gpu_layers", ("cudaMalloc failed",))
 EXITED = Failure("exited", "it ended by itself without an error")
 CRASH = Failure("crash", "llama-server crashed (signal 11)")
+HUNG = Failure("hung", "it does not answer any more")
 NEVER_CUTS = {StopCause.EVICT, StopCause.IDLE, StopCause.ABANDONED, StopCause.RECIPE}
 """Causes for which no request in flight may be cut short."""
 
@@ -143,6 +147,22 @@ class World:
         number = self._new_ticket(Ticket(model, is_request=False, is_unload=True))
         self.feed(UnloadAsked(self.now, number, model, is_forced))
         return number
+
+    def cancel(self, model: str) -> int:
+        """Let an operator give a load up; return the ticket."""
+        number = self._new_ticket(Ticket(model, is_request=False, is_unload=True))
+        self.feed(CancelAsked(self.now, number, model))
+        return number
+
+    def reset(self, model: str) -> int:
+        """Let an operator say that a failure is mended; return the ticket."""
+        number = self._new_ticket(Ticket(model, is_request=False, is_unload=True))
+        self.feed(ResetAsked(self.now, number, model))
+        return number
+
+    def hang(self, model: str) -> None:
+        """Let a model's process be there and answer nothing any more."""
+        self.feed(UnitHung(self.now, model, self.alive[model], HUNG))
 
     def end(self, *numbers: int) -> None:
         """End exchanges, or let clients leave that still wait."""
@@ -366,6 +386,12 @@ class World:
 
     def _check_tickets(self) -> None:
         """Hold the scheduler's counts against the tickets: nobody is lost, nobody is counted twice."""
+        counts = self.scheduler.counts()
+        requests = [ticket for ticket in self.tickets.values() if ticket.is_request]
+        assert counts["waiting"] == sum(ticket.place is Place.WAITING for ticket in requests)
+        assert counts["in_flight"] == len(self.in_flight())
+        assert counts["arrived"] == counts["granted"] + counts["refused"] + counts["left"] + counts["waiting"]
+        assert counts["granted"] == counts["ended"] + counts["in_flight"]
         waiting: Counter[str] = Counter()
         in_flight: Counter[tuple[str, int]] = Counter()
         for ticket in self.tickets.values():

@@ -110,7 +110,7 @@ def test_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         catalogue.resolve("zzz")
     assert caught.value.hint == (
-        "`llmstudioctl list` or GET /v1/models lists the models; a new file counts after `systemctl reload llmstudiod`"
+        "`llmstudioctl list` or GET /v1/models lists the models; a new file is noticed within ten seconds"
     )
 
 

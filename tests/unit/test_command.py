@@ -144,6 +144,8 @@ def test_one_gpu_is_no_split() -> None:
         ({"n_cpu_moe": 3}, "--n-cpu-moe", "3"),
         ({"override_tensor": "exps=CPU"}, "--override-tensor", "exps=CPU"),
         ({"spec_type": "draft-simple"}, "--spec-type", "draft-simple"),
+        ({"draft_model": "/m/d.gguf"}, "--spec-type", "draft-simple"),
+        ({"draft_model": "/m/d.gguf", "spec_type": "draft-eagle3"}, "--spec-type", "draft-eagle3"),
         ({"spec_draft_n_max": 16}, "--spec-draft-n-max", "16"),
         ({"spec_draft_n_min": 0}, "--spec-draft-n-min", "0"),
         ({"spec_draft_p_min": 0.75}, "--spec-draft-p-min", "0.75"),

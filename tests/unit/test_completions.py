@@ -186,7 +186,12 @@ def test_bash_asks_at_the_socket_that_is_named(stub: Path, admin_socket: Path) -
 
 def test_bash_completes_keys(stub: Path, admin_socket: Path) -> None:
     """The commands of `key`, the names of keys, and models where a key is made for some."""
-    assert in_bash(["key", ""], stub, admin_socket) == sorted(name.split()[1] for name in COMMANDS if " " in name)
+    assert in_bash(["key", ""], stub, admin_socket) == sorted(
+        name.split()[1] for name in COMMANDS if name.startswith("key ")
+    )
+    assert in_bash(["recipe", ""], stub, admin_socket) == sorted(
+        name.split()[1] for name in COMMANDS if name.startswith("recipe ")
+    )
     assert in_bash(["key", "--json", "re"], stub, admin_socket) == ["revoke"]
     assert asked(stub) == []
     assert in_bash(["key", "revoke", ""], stub, admin_socket) == ["ci", "laptop"]
@@ -197,6 +202,7 @@ def test_bash_completes_keys(stub: Path, admin_socket: Path) -> None:
     assert in_bash(["key", "add", "--models", "=", "x,q"], stub, admin_socket) == ["x,qwen3-32b"]
     assert in_bash(["key", "add", "--expires", ""], stub, admin_socket) == []
     assert in_bash(["key", "list", ""], stub, admin_socket) == []
+    assert in_bash(["recipe", "edit", "q"], stub, admin_socket) == ["qwen3-32b"]
 
 
 def test_bash_completes_files(stub: Path, admin_socket: Path) -> None:
@@ -253,7 +259,10 @@ def test_zsh_can_read_its_file() -> None:
         ("logs -n 5 q", ["qwen3-32b"]),
         ("unload --f", ["--force"]),
         ("list ", []),
-        ("key ", [name.split()[1] for name in COMMANDS if " " in name]),
+        ("key ", [name.split()[1] for name in COMMANDS if name.startswith("key ")]),
+        ("recipe ", [name.split()[1] for name in COMMANDS if name.startswith("recipe ")]),
+        ("recipe edit ", ["qwen3-32b", "tiny.q4_k_m"]),
+        ("recipe new --e", ["--edit"]),
         ("key --json re", ["revoke"]),
         ("key revoke ", ["ci", "laptop"]),
         ("key add --models ", ["qwen3-32b", "tiny.q4_k_m"]),

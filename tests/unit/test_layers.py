@@ -23,10 +23,11 @@ USERS_OF_READERS = {"core.recipe_reader", "core.settings_reader"}
 # and everything below it. `llmstudiod` alone is the package's __init__, with the version.
 ALLOWED: dict[str, set[str]] = {
     "core": {"core"},
-    "launchers": {"launchers", "core", "adapters.binary"},
+    "launchers": {"launchers", "core", "adapters.binary", "adapters.proc"},
     "adapters": {"adapters", "core", ""},
     "adapters.planner": {"adapters", "core", "launchers.base"},
-    "supervisor": {"supervisor", "adapters", "core", "launchers.base"},
+    "runs": {"runs", "adapters", "core", "launchers.base"},
+    "supervisor": {"supervisor", "runs", "adapters", "core", "launchers.base"},
     "http": {"http", "supervisor", "adapters", "core", "launchers", ""},
     "daemon": {"daemon", "http", "supervisor", "adapters", "core", "launchers", ""},
     # Programs of their own beside the daemon.

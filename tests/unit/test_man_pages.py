@@ -241,7 +241,7 @@ def spelled(option: str) -> str:
 
 def command_parts() -> dict[str, str]:
     """Return what the page says of each command, its options included."""
-    parts = re.split(r"^\.It Cm ([a-z]+(?: [a-z]+)?)", sections(CTL)["COMMANDS"], flags=re.MULTILINE)
+    parts = re.split(r"^\.It Cm ([a-z]+(?: [a-z-]+)?)", sections(CTL)["COMMANDS"], flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

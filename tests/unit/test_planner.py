@@ -64,6 +64,14 @@ class NoLauncher:
         """Return nothing."""
         return []
 
+    def told(self, unit: Unit) -> list[str]:
+        """Never asked here."""
+        raise NotImplementedError
+
+    async def find_failed(self) -> list[tuple[str, Exit]]:
+        """Never asked here."""
+        raise NotImplementedError
+
     async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield nothing."""
         for line in await self.lines(model_id, limit=0):

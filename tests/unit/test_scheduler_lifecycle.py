@@ -18,7 +18,8 @@ from llmstudiod.core.events import (
     UnitFound,
 )
 from llmstudiod.core.lifecycle import State, StopCause
-from llmstudiod.core.scheduler import BACK_OFF_S, OVERTAKE_S, STABLE_S
+from llmstudiod.core.retry import BACK_OFF_S, STABLE_S
+from llmstudiod.core.scheduler import OVERTAKE_S
 from tests.unit.scheduler_world import EXITED, LOAD_S, OOM, Place, one_of, ready, spec, world_of
 
 # Operators
@@ -150,7 +151,7 @@ def test_failed_model_backs_off() -> None:
 
 def test_back_off_grows() -> None:
     """Each failure in a row waits longer, up to the last step of the table."""
-    world = world_of([spec("a")])
+    world = world_of([spec("a", restart_limit=0)])
     world.script("a").failure = OOM
     waits = []
     for _ in range(len(BACK_OFF_S) + 2):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmstudiod.core.events import LoadProgressed, Timer, TimerFired, UnitGone
-from llmstudiod.core.lifecycle import Failure, State, UpstreamFacts
+from llmstudiod.core.lifecycle import Failure, Restart, State, UpstreamFacts
 from llmstudiod.core.scheduler import OVERTAKE_S
 from tests.unit.scheduler_world import Place, World, spec
 
@@ -34,6 +34,8 @@ a_change = st.sampled_from(
         {"idle_timeout_s": 0.0},
         {"idle_timeout_s": 3.0},
         {"drain_timeout_s": 0.0},
+        {"restart": Restart.ALWAYS, "restart_limit": 2},
+        {"restart": Restart.NEVER},
         {"stall_timeout_s": 1.5},
         {"concurrency_limit": 1},
         {"concurrency_limit": 3},
@@ -70,6 +72,9 @@ rare = st.one_of(
     st.tuples(st.just("script"), a_model, a_script),
     st.tuples(st.just("crash"), a_model),
     st.tuples(st.just("progress"), a_model),
+    st.tuples(st.just("hang"), a_model),
+    st.tuples(st.just("cancel"), a_model),
+    st.tuples(st.just("reset"), a_model),
     st.tuples(st.just("stray timer"), a_model, st.sampled_from(Timer)),
     st.tuples(st.just("late news"), a_model, st.integers(0, 3)),
     st.tuples(st.just("shut down")),
@@ -107,6 +112,12 @@ def perform(world: World, operation: tuple[Any, ...]) -> None:  # noqa: C901 - a
             world.crash(model)
         case ("progress", model) if model in world.alive:
             world.progress(model, 0.5)
+        case ("hang", model) if model in world.alive:
+            world.hang(model)
+        case ("cancel", model):
+            world.cancel(model)
+        case ("reset", model):
+            world.reset(model)
         case ("stray timer", model, timer):
             world.feed(TimerFired(world.now, model, world.alive.get(model, 0), timer))
         case ("late news", model, run) if run != world.alive.get(model):

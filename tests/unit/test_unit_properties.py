@@ -8,7 +8,7 @@ import pytest
 from llmstudiod.core.command import BoundFile
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.recipe import Sandbox
-from llmstudiod.core.unit import question_argv, systemd_run_argv, unit_properties
+from llmstudiod.core.unit import question_argv, runs_as_asked, systemd_run_argv, unit_properties
 
 REQUEST = LaunchRequest(
     model_id="m.1",
@@ -150,3 +150,31 @@ def test_question_is_asked_in_the_same_sandbox() -> None:
     assert {line for line in unit_properties(REQUEST) if line.partition("=")[0] not in own} <= {*argv}
     assert "RuntimeMaxSec=5" in argv
     assert argv[argv.index("--") + 1 :] == list(REQUEST.argv)
+
+
+def _shown(request: LaunchRequest, *, state: str = "active", argv: str | None = None, extra: str = "") -> str:
+    """Return what ``systemctl show`` tells of the unit that a request has made."""
+    variables = {**request.environment, "LLMSTUDIO_RECIPE_HASH": request.recipe_hash}
+    environment = " ".join(f"{name}={value}" for name, value in variables.items())
+    command = " ".join(request.argv) if argv is None else argv
+    executed = f"{{ path={request.argv[0]} ; argv[]={command} ; ignore_errors=no ; pid=7 }}"
+    return f"ActiveState={state}\nExecStart={executed}\nEnvironment={environment}{extra}\n"
+
+
+def test_unit_that_runs_as_asked_is_known() -> None:
+    """The same command line and environment: it may go on. Any difference, and it is started anew."""
+    request = replace(
+        REQUEST,
+        argv=("/usr/bin/llama-server", "-m", "x"),
+        environment={"CUDA_VISIBLE_DEVICES": "GPU-1"},
+        recipe_hash="sha256:aa",
+    )
+    assert runs_as_asked(_shown(request, extra=" LLMSTUDIO_MODEL=x"), request)
+    others = [
+        _shown(request, state="failed"),
+        _shown(request, argv=" ".join(request.argv) + " -c 5"),
+        _shown(replace(request, recipe_hash="sha256:ab"), extra=" X=sha256:aa"),
+        _shown(replace(request, environment={"CUDA_VISIBLE_DEVICES": "GPU-12"})),
+        "",
+    ]
+    assert [runs_as_asked(shown, request) for shown in others] == [False] * len(others)

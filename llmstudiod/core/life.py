@@ -1,0 +1,324 @@
+"""What happens to one instance after another: it starts, loads, serves, drains, stops or fails.
+
+Who may start, and who has to go for it, is decided in `llmstudiod.core.scheduler`.
+"""
+
+from collections.abc import Callable
+from typing import assert_never
+
+from llmstudiod.core import rejections, room
+from llmstudiod.core.desk import Desk
+from llmstudiod.core.events import (
+    Action,
+    BecameReady,
+    Done,
+    LoadProgressed,
+    LoadToo,
+    Publish,
+    SetTimer,
+    StartUnit,
+    StopUnit,
+    Timer,
+    TimerFired,
+    UnitFailed,
+    UnitFound,
+    UnitFoundFailed,
+    UnitGone,
+    UnitHung,
+    UnitStarted,
+    Warned,
+    WatchUnit,
+)
+from llmstudiod.core.lifecycle import Failure, Instance, Restart, State, StopCause
+from llmstudiod.core.memory_watch import MemoryWatch
+from llmstudiod.core.placement import Placement
+from llmstudiod.core.retry import forget_failures, note_failure
+
+SETTLED_S = 1.0  # a server that ends without an error so soon after it was ready was not stopped by somebody
+HUNG_GRACE_S = 5.0  # for what may still be on its way from a server that answers nothing new
+
+
+class Life:
+    """The instances, and every step that one of them can take; ``actions`` is where the consequences go."""
+
+    def __init__(self, desk: Desk, watch: MemoryWatch, chance: Callable[[], float]) -> None:
+        self.instances: dict[str, Instance] = {}
+        self.actions: list[Action] = []
+        self.desk = desk
+        self.watch = watch
+        self.n_draining = 0
+        self._chance = chance
+        self._last_run = 0
+
+    def _is_up(self, model: str) -> bool:
+        return model in self.instances and self.instances[model].is_resident
+
+    # From the start to the end
+
+    def start(self, instance: Instance, at: float, placement: Placement | None) -> None:
+        """Start it at a place that was found for it."""
+        self._last_run += 1
+        instance.run = self._last_run
+        instance.failure = None
+        instance.warnings = ()
+        instance.progress_at = at
+        instance.stop_cause = None
+        instance.is_stale = False
+        instance.is_vetted = instance.is_proven = False
+        instance.yields_to = None
+        instance.overtake_at = 0.0
+        for other in self.instances.values():
+            if other.yields_to is instance:
+                other.yields_to = None
+        self.move(instance, State.STARTING, at, "wanted by a request" if instance.waiters else "asked for")
+        instance.placement = placement
+        self.actions.append(StartUnit(instance.spec.id, instance.run, placement))
+        others = sorted(instance.spec.companions - instance.protects)
+        self.actions += [LoadToo(model) for model in others if not self._is_up(model)]
+        self.set_timer(instance, Timer.STALL, at + instance.spec.stall_timeout_s)
+
+    def adopt(self, event: UnitFound) -> None:
+        """Take over what an earlier daemon started; under another recipe it serves on until it is idle."""
+        instance = self.instances.get(event.model)
+        if instance is None or instance.is_resident:
+            return
+        self._last_run += 1
+        instance.run = self._last_run
+        instance.progress_at = event.at
+        instance.stop_cause = None
+        instance.is_stale = event.recipe_hash != instance.spec.recipe_hash
+        instance.placement = event.placement
+        self.move(instance, State.LOADING, event.at, "it was running already")
+        self.actions.append(WatchUnit(event.model, instance.run))
+        self.set_timer(instance, Timer.STALL, event.at + instance.spec.stall_timeout_s)
+
+    def found_failed(self, event: UnitFoundFailed) -> None:
+        """Tell why a model of an earlier daemon ended; it may be started again at once."""
+        instance = self.instances.get(event.model)
+        if instance is not None and instance.state is State.STOPPED:
+            instance.failure = event.failure
+            self.move(instance, State.FAILED, event.at, event.failure.message)
+            instance.retry_at = event.at
+
+    def started(self, instance: Instance, event: UnitStarted) -> None:
+        """Its process runs."""
+        if instance.state is State.STARTING:
+            instance.progress_at = event.at
+            self.move(instance, State.LOADING, event.at, "the unit is active")
+
+    def progressed(self, instance: Instance, event: LoadProgressed) -> None:
+        """Something has moved in a load."""
+        if instance.state in {State.STARTING, State.LOADING}:
+            instance.progress_at = event.at
+            instance.progress = max(event.progress or 0.0, instance.progress or 0.0) or None
+            instance.stage = event.stage
+            self.actions.append(Publish(instance.spec.id))
+
+    def warned(self, instance: Instance, event: Warned) -> None:
+        """Note what is not as it was asked for."""
+        instance.warnings = event.warnings
+        self.actions.append(Publish(instance.spec.id))
+
+    def became_ready(self, instance: Instance, event: BecameReady) -> None:
+        """Let those in who waited for it."""
+        if instance.state not in {State.STARTING, State.LOADING}:
+            return
+        instance.facts = event.facts
+        instance.progress = None
+        instance.is_second_try = False
+        self.watch.outdate()  # what it has taken was promised until now
+        instance.ready_at = instance.idle_since = event.at
+        self.move(instance, State.READY, event.at, "/health answers 200")
+        self.set_idle_timer(instance, event.at)
+        self.desk.admit(instance, event.at)
+        self.replace_if_stale(instance, event.at)
+
+    def unit_failed(self, instance: Instance, event: UnitFailed) -> None:
+        """Its process has ended, or could not be started."""
+        if instance.state is State.STOPPING or not instance.is_resident:
+            return  # whoever stops it tells when nothing is left; until then its name and socket are taken
+        if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
+            self._settle(instance, event.at, "it ended while it was drained")
+            return
+        was_serving = instance.state in {State.READY, State.DRAINING}
+        if not was_serving and self._try_again_alone(instance, event):
+            return
+        instance.is_second_try = False
+        if was_serving and event.failure.kind == "exited" and event.at - instance.ready_at > SETTLED_S:
+            self._settle(instance, event.at, "stopped by hand")  # `systemctl stop` of the unit or the slice
+            return
+        self.fail(instance, event.at, event.failure, was_serving=was_serving)
+
+    def hung(self, instance: Instance, event: UnitHung) -> None:
+        """Take no more requests to a server that does not answer, and start it anew."""
+        if instance.state in {State.READY, State.DRAINING}:
+            instance.failure = event.failure
+            self.drain(instance, event.at, StopCause.HUNG)
+
+    def _try_again_alone(self, instance: Instance, event: UnitFailed) -> bool:
+        """Let idle ones go and try once more where a GPU's memory was too small; return whether that is so.
+
+        It needs more than was promised to it, or somebody else has taken it.
+        """
+        at, others = event.at, room.idle_neighbours(self.instances.values(), instance.placement)
+        if event.failure.kind != "oom_vram" or not room.may_try_again(instance, others):
+            return False
+        self._note_failure(instance, at, event.failure)
+        instance.is_second_try = True
+        forget_failures(instance, at)
+        for other in others:
+            other.evicted_for = instance.spec.id
+            self.stop(other, at, cause=StopCause.EVICT)
+        return True
+
+    def fail(self, instance: Instance, at: float, failure: Failure, *, was_serving: bool) -> None:
+        """Write a failure down, answer whoever waits, and see to the next start."""
+        self._note_failure(instance, at, failure)
+        is_hopeful = instance.failures <= 1 and not instance.is_exhausted and instance.spec.restart is not Restart.NEVER
+        if was_serving and is_hopeful:  # it did load before: one fresh start is worth the while of whoever asks
+            instance.retry_at = at
+            if instance.waiters:  # they have sent nothing yet
+                return
+        self.desk.refuse_all(instance, rejections.failed(instance.spec.id, failure, was_serving=was_serving))
+        if instance.spec.restart is Restart.ALWAYS:
+            self.set_timer(instance, Timer.RESTART, instance.retry_at)
+
+    def _note_failure(self, instance: Instance, at: float, failure: Failure) -> None:
+        note_failure(instance, at, chance=self._chance())
+        instance.failure = failure
+        instance.last_failure = (instance.run, failure)
+        self._forget_run(instance, at)
+        if instance.is_stale:  # the recipe in force now is another one, and has not failed yet
+            forget_failures(instance, at)
+            instance.is_stale = False
+        self.move(instance, State.FAILED, at, failure.message)
+        self._answer_unloads(instance)
+
+    def drain(self, instance: Instance, at: float, cause: StopCause) -> None:
+        """Let what is in flight end, then stop. An eviction has no time limit: it never cuts a request short."""
+        instance.stop_cause = cause
+        if not instance.in_flight:
+            self.stop(instance, at)
+            return
+        self.move(instance, State.DRAINING, at, instance.why_stopped)
+        if cause is not StopCause.EVICT:
+            limit_s = HUNG_GRACE_S if cause is StopCause.HUNG else instance.spec.drain_timeout_s
+            self.set_timer(instance, Timer.DRAIN, at + limit_s)
+
+    def stop(self, instance: Instance, at: float, *, cause: StopCause | None = None, is_forced: bool = False) -> None:
+        """End its process."""
+        instance.stop_cause = cause or instance.stop_cause
+        self.move(instance, State.STOPPING, at, instance.why_stopped)
+        is_forced = is_forced or instance.stop_cause is StopCause.HUNG  # it would not hear a polite word
+        self.actions.append(StopUnit(instance.spec.id, instance.run, is_forced))
+
+    def gone(self, instance: Instance, event: UnitGone) -> None:
+        """No process of it is left."""
+        if instance.state is not State.STOPPING:
+            return
+        cause, failure = instance.stop_cause, instance.failure
+        if cause in {StopCause.STALLED, StopCause.HUNG} and failure is not None and not instance.is_removed:
+            if cause is StopCause.STALLED:
+                self.desk.refuse_all(instance, rejections.stalled(failure))
+            self.fail(instance, event.at, failure, was_serving=cause is StopCause.HUNG)
+            return
+        self._settle(instance, event.at, "no process is left")
+
+    def _settle(self, instance: Instance, at: float, cause: str) -> None:
+        instance.failures = 0
+        instance.is_stale = False
+        self._forget_run(instance, at)
+        self.move(instance, State.STOPPED, at, cause)
+        self._answer_unloads(instance)
+        if instance.is_removed:
+            del self.instances[instance.spec.id]
+
+    def _forget_run(self, instance: Instance, at: float) -> None:
+        """Nothing is in flight in a process that is gone; `_end` knows tickets of old runs by their run."""
+        instance.placement = None
+        self.watch.gone(at)
+        instance.in_flight = {}
+        instance.facts = None
+        instance.progress = None
+        instance.stage = ""
+
+    def _answer_unloads(self, instance: Instance) -> None:
+        self.actions += map(Done, instance.unload_tickets)
+        instance.unload_tickets.clear()
+
+    def move(self, instance: Instance, new: State, at: float, cause: str) -> None:
+        """Change its state, and tell."""
+        self.n_draining += (new is State.DRAINING) - (instance.state is State.DRAINING)
+        instance.move(new, at=at, cause=cause)
+        self.actions.append(Publish(instance.spec.id, instance.story[-1]))
+
+    def set_timer(self, instance: Instance, timer: Timer, at: float) -> None:
+        """Be told at this time."""
+        self.actions.append(SetTimer(instance.spec.id, instance.run, timer, at))
+
+    # Timers
+
+    def timer_fired(self, instance: Instance, event: TimerFired) -> None:
+        """Do what the time has come for."""
+        match event.timer:
+            case Timer.IDLE:
+                self._idle_due(instance, event.at)
+            case Timer.STALL:
+                self._stall_due(instance, event.at)
+            case Timer.DRAIN:
+                if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
+                    self.stop(instance, event.at)
+            case Timer.OVERTAKE:
+                pass  # it only wakes us up to look for room
+            case Timer.MEASURE:
+                self.watch.outdate()
+            case Timer.RESTART:
+                if instance.state is State.FAILED and not instance.waiters and event.at >= instance.retry_at:
+                    self.actions.append(LoadToo(instance.spec.id))
+            case _:
+                assert_never(event.timer)
+
+    def set_idle_timer(self, instance: Instance, at: float) -> None:
+        """Look, in time, whether nobody uses it any more."""
+        if instance.spec.idle_timeout_s and not instance.spec.is_pinned:
+            self.set_timer(instance, Timer.IDLE, at + instance.spec.idle_timeout_s)
+
+    def _idle_due(self, instance: Instance, at: float) -> None:
+        timeout_s = instance.spec.idle_timeout_s
+        if not timeout_s or instance.spec.is_pinned or not instance.is_resident:
+            return
+        due_at = room.idle_since(instance, self.instances.values(), at) + timeout_s
+        if due_at > at:
+            self.set_timer(instance, Timer.IDLE, due_at)
+        else:
+            self.stop(instance, at, cause=StopCause.IDLE)
+
+    def _stall_due(self, instance: Instance, at: float) -> None:
+        if instance.state not in {State.STARTING, State.LOADING}:
+            return
+        due_at = instance.progress_at + instance.spec.stall_timeout_s
+        if due_at > at:
+            self.set_timer(instance, Timer.STALL, due_at)
+            return
+        instance.failure = rejections.stall(instance)
+        self.desk.refuse_all(instance, rejections.stalled(instance.failure))
+        self.stop(instance, at, cause=StopCause.STALLED, is_forced=True)
+
+    def replace_if_stale(self, instance: Instance, at: float) -> None:
+        """Let it go, once nobody uses it, for the sake of its new recipe."""
+        if instance.is_stale and instance.is_idle:
+            self.drain(instance, at, StopCause.RECIPE)
+
+    def recall(self, instance: Instance, at: float) -> None:
+        """Let an instance that drains for an eviction serve on: nobody needs its place any more."""
+        instance.stop_cause = None
+        instance.yields_to = None
+        self.move(instance, State.READY, at, "its place is not needed any more")
+        self.desk.admit(instance, at)
+
+    def clear(self, instance: Instance, at: float) -> None:
+        """Forget its failures."""
+        forget_failures(instance, at)
+        if instance.state is State.FAILED:
+            self.move(instance, State.STOPPED, at, "reset on request")
+            instance.failure = None

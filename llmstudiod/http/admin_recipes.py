@@ -1,0 +1,229 @@
+"""Recipes over HTTP: read, checked, written and removed.
+
+Writing keeps vllm-studio's ways: POST and PUT take a recipe as JSON, and answer ``{success, id}``. A recipe may also
+come as YAML, which is stored as it is, comments and all.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any
+
+from aiohttp import web
+
+from llmstudiod.adapters.planner import Planner
+from llmstudiod.adapters.recipe_writer import MARK, RecipeWriter
+from llmstudiod.core import strict
+from llmstudiod.core.errors import BadRequestError, ConfigError, ConflictError, LlmstudioError
+from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
+from llmstudiod.core.settings import Settings
+from llmstudiod.http.admin_answers import (
+    ADDED,
+    OLD_FIELDS,
+    error_answer,
+    fault_answer,
+    plan_answer,
+    recipe_answer,
+)
+from llmstudiod.http.admin_gpus import preview_answer
+from llmstudiod.http.answers import json_response
+from llmstudiod.http.query import truth
+from llmstudiod.supervisor import Supervisor
+
+YAML_KINDS = frozenset({"application/yaml", "application/x-yaml", "text/yaml"})
+MAX_BYTES = 1 << 20
+
+
+class AdminRecipes:
+    """The routes below ``/recipes``. ``reload`` puts what was written into force."""
+
+    def __init__(
+        self,
+        *,
+        supervisor: Supervisor,
+        planner: Planner,
+        writer: RecipeWriter,
+        settings: Callable[[], Settings],
+        reload: Callable[[], Awaitable[None]],
+        launcher_name: str,
+    ) -> None:
+        self._supervisor = supervisor
+        self._planner = planner
+        self._writer = writer
+        self._settings = settings
+        self._reload = reload
+        self._launcher_name = launcher_name
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes."""
+        return [
+            web.get("/recipes", self._list),
+            web.post("/recipes", self._post),
+            web.post("/recipes/check", self._check),
+            web.post("/recipes/from-command", self._from_command),
+            web.get("/recipes/{id}/file", self._file),
+            web.get("/recipes/{id}", self._show),
+            web.put("/recipes/{id}", self._put),
+            web.delete("/recipes/{id}", self._delete),
+        ]
+
+    def _answer(self, entry: RecipeEntry) -> dict[str, Any]:
+        return recipe_answer(entry, self._supervisor.view(entry.recipe.id))
+
+    async def _list(self, _: web.Request) -> web.Response:
+        return json_response([self._answer(entry) for entry in self._supervisor.catalogue.entries.values()])
+
+    async def _show(self, request: web.Request) -> web.Response:
+        model = self._supervisor.catalogue.resolve(request.match_info["id"])
+        return json_response(self._answer(self._supervisor.catalogue.entries[model]))
+
+    async def _post(self, request: web.Request) -> web.Response:
+        text, recipe = await self._read(request, model=None)
+        return await self._write(text, recipe)
+
+    async def _put(self, request: web.Request) -> web.Response:
+        text, recipe = await self._read(request, model=request.match_info["id"])
+        return await self._write(text, recipe)
+
+    async def _write(self, text: str, recipe: Recipe) -> web.Response:
+        await self._writer.put(self._file_of(recipe.id), text)
+        await self._reload()
+        return json_response({"success": True, "id": recipe.id})
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        model = self._supervisor.catalogue.resolve(request.match_info["id"])
+        entry = self._supervisor.catalogue.entries[model]
+        if entry.file is None:
+            message = f"'{model}' has no recipe: it is served because '{entry.recipe.model_path}' is there"
+            raise ConflictError(message, hint="remove the file, or set auto_recipes: false in the settings")
+        await self._writer.delete(PurePath(entry.file).name)
+        await self._reload()
+        return json_response({"success": True})
+
+    async def _check(self, request: web.Request) -> web.Response:
+        """Say what is wrong with a recipe that is not stored, and what would become of it. Changes nothing."""
+        raw, file = await self._raw(request, model=None)
+        loaded = _parsed(raw, file)
+        faults = [*loaded.faults, *(fault for entry in loaded.entries for fault in entry.warnings)]
+        is_trusted = truth(request, "trusted")  # of a file that root writes by hand, which may hold several
+        entry = loaded.entries[0] if len(loaded.entries) == 1 or (is_trusted and loaded.entries) else None
+        answer: dict[str, Any] = {"recipe": None, "yaml": None, "plan": None, "placement": None, "error": None}
+        if entry is not None:
+            answer["yaml"] = raw.decode()
+            if not is_trusted:
+                faults += await asyncio.to_thread(self._refused, entry.recipe)
+            answer["recipe"] = entry.recipe.as_dict()
+            answer |= await self._judged(entry)
+        answer["faults"] = [fault_answer(fault) for fault in faults]
+        answer["ok"] = entry is not None and all(fault.severity is not Severity.FAULT for fault in faults)
+        return json_response(answer)
+
+    async def _from_command(self, request: web.Request) -> web.Response:
+        """Make a recipe of a llama-server command line."""
+        # Slow to import: nobody waits for it at a start.
+        from llmstudiod.core.from_command import recipe_from_command
+        from llmstudiod.http.questions import CommandLine, parsed
+
+        made = recipe_from_command((await parsed(CommandLine, request)).command)
+        return json_response({"yaml": yaml_text(made.recipe), "recipe": made.recipe, "notes": made.notes})
+
+    async def _file(self, request: web.Request) -> web.Response:
+        """Answer the text of a recipe's file, comments and all; for a GGUF without one, that which it could have."""
+        model = self._supervisor.catalogue.resolve(request.match_info["id"])
+        entry = self._supervisor.catalogue.entries[model]
+        if entry.file is None:
+            text = yaml_text(entry.recipe.as_dict())
+        else:
+            text = await asyncio.to_thread(_text_of_file, entry.file)
+        return web.Response(text=text, content_type="application/yaml", headers={"Server": "llmstudiod"})
+
+    async def _judged(self, entry: RecipeEntry) -> dict[str, Any]:
+        try:
+            wish, _ = await self._planner.vet(entry, is_thorough=False, is_draft=True)
+            found = await self._supervisor.preview(entry.recipe.id, wish, entry.recipe)
+            plan = await self._planner.plan(entry, found.placement if found else None, is_draft=True)
+        except LlmstudioError as error:
+            return {"error": error_answer(error)}
+        return {
+            "plan": plan_answer(plan, launcher=self._launcher_name),
+            "placement": found and preview_answer(found, wish),
+        }
+
+    def _refused(self, recipe: Recipe) -> list[Fault]:
+        directories = self._settings().model_dirs
+        return [*strict.refused_over_http(recipe), *strict.files_outside(recipe, directories, os.path.realpath)]
+
+    def _file_of(self, model: str) -> str:
+        """Return the name of the file that holds a recipe, or will."""
+        entry = self._supervisor.catalogue.entries.get(model)
+        return PurePath(entry.file).name if entry and entry.file else f"{model}.yaml"
+
+    async def _read(self, request: web.Request, *, model: str | None) -> tuple[str, Recipe]:
+        """Return the text to be stored and the one recipe that it holds.
+
+        Raises:
+            LlmstudioError: It is none; ``details['faults']`` says where.
+        """
+        raw, file = await self._raw(request, model=model)
+        loaded = _parsed(raw, file)
+        faults = [fault for fault in loaded.faults if fault.severity is Severity.FAULT]
+        if faults or len(loaded.entries) != 1:
+            told = "; ".join(map(str, faults[:3])) or f"expected one recipe, found {len(loaded.entries)}"
+            details = {"faults": [fault_answer(fault) for fault in faults]}
+            raise ConfigError(f"the recipe is faulty: {told}", details=details)
+        recipe = loaded.entries[0].recipe
+        if model is not None and recipe.id != model:
+            raise BadRequestError(f"id: expected '{model}', as in the path, found '{recipe.id}'")
+        return raw.decode(), recipe
+
+    async def _raw(self, request: web.Request, *, model: str | None) -> tuple[bytes, str]:
+        """Return the text of a recipe and the name of its file."""
+        body = await request.read()
+        if len(body) > MAX_BYTES:
+            raise BadRequestError(f"expected a recipe of at most {MAX_BYTES} bytes, found {len(body)}")
+        if request.content_type in YAML_KINDS:
+            return body, f"{model or 'recipe'}.yaml"
+        try:
+            values = json.loads(body)
+        except ValueError as error:
+            raise BadRequestError(f"not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise BadRequestError("expected a recipe as a JSON object, or as YAML with Content-Type application/yaml")
+        return _text_of(values, model).encode(), f"{model or values.get('id') or 'recipe'}.yaml"
+
+
+def _text_of(values: dict[str, Any], model: str | None) -> str:
+    """Return a recipe's text; what an answer of ours has added to it is dropped."""
+    old = values.get("old")
+    mine = set(ADDED) | (set(old) & OLD_FIELDS.keys() if isinstance(old, list) else set())
+    kept = {name: value for name, value in values.items() if name not in mine and value is not None}
+    kept = {"id": model} | kept if model is not None else kept
+    if model is not None:
+        kept["id"] = model  # the path decides
+    return yaml_text(kept)
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Return a recipe's file for these values."""
+    import yaml  # slow to import, and needed only here
+
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _text_of_file(file: str) -> str:
+    try:
+        text = Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConflictError(f"'{file}' cannot be read: {error}", hint="edit it at the machine") from None
+    return text.partition("\n")[2] if text.startswith(MARK) else text
+
+
+def _parsed(raw: bytes, file: str) -> LoadedRecipes:
+    from llmstudiod.core.recipe_reader import parse_recipe_bytes  # slow to import: nobody waits for it at a start
+
+    loaded = parse_recipe_bytes(raw, file=file)
+    return LoadedRecipes(loaded.entries, tuple(replace(fault, file="") for fault in loaded.faults))

@@ -1,0 +1,150 @@
+"""The event stream: what happens to the models, as server-sent events.
+
+A subscriber first gets a snapshot, or, with ``Last-Event-ID``, what it has missed, as far as that is still known. Each
+has a queue of its own; whoever does not read in time is cut off and may come back, and nobody else notices.
+"""
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+from llmstudiod.core.lifecycle import InstanceView, State, Transition
+from llmstudiod.http.answers import json_response
+from llmstudiod.http.streams import Streams, begin, event_bytes
+
+KEPT = 1000
+QUEUE = 500
+PING_S = 15.0
+_STAGES = {
+    State.STARTING: "launching",
+    State.LOADING: "waiting",
+    State.READY: "ready",
+    State.DRAINING: "evicting",
+    State.STOPPING: "stopping",
+    State.STOPPED: "stopped",
+    State.FAILED: "error",
+}
+
+
+class Events:
+    """Keeps the last events and passes new ones on. ``snapshot`` returns what a new subscriber sees first."""
+
+    def __init__(self, snapshot: Callable[[], dict[str, Any]], streams: Streams) -> None:
+        self._snapshot = snapshot
+        self._streams = streams
+        self._n_published = 0
+        self._someone = asyncio.Event()
+        self._boot = uuid.uuid4().hex[:8]
+        self._number = 0
+        self._kept: deque[tuple[int, bytes]] = deque(maxlen=KEPT)
+        self._queues: set[asyncio.Queue[bytes | None]] = set()
+
+    def observe(self, model: str, step: Transition | None, shown: InstanceView | None) -> None:
+        """Take what has happened to a model: a transition, or some progress."""
+        if step is not None:
+            failure = shown.failure if shown and step.new is State.FAILED else None
+            told: dict[str, Any] = {"id": model, "from": str(step.old), "to": str(step.new), "cause": step.cause}
+            if failure is not None:
+                lines = list(failure.lines[-20:])
+                told["failure"] = {
+                    "kind": failure.kind,
+                    "message": failure.message,
+                    "hint": failure.hint,
+                    "lines": lines,
+                }
+            self.publish("transition", told)
+        if shown is None:
+            return
+        stage = "cancelled" if shown.stop_cause == "its load was cancelled" else _STAGES[shown.state]
+        progress = 1.0 if shown.state is State.READY else shown.progress
+        message = step.cause if step else shown.stage
+        told = {"recipe_id": model, "stage": stage, "progress": progress, "message": message}
+        self.publish("launch_progress", told)
+        if step is None and shown.warnings:
+            self.publish("warning", {"id": model, "warnings": list(shown.warnings)})
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes."""
+        return [web.get("/events", self.stream), web.get("/events/stats", self.stats)]
+
+    @property
+    def n_subscribers(self) -> int:
+        """How many read along."""
+        return len(self._queues)
+
+    @property
+    def n_published(self) -> int:
+        """How many events there were."""
+        return self._n_published
+
+    async def wanted(self) -> None:
+        """Return as soon as anybody reads along."""
+        await self._someone.wait()
+
+    def publish(self, name: str, data: dict[str, Any]) -> None:
+        """Tell everybody, and whoever comes back and has missed it."""
+        self._number += 1
+        event = event_bytes(name, data, f"{self._boot}-{self._number}")
+        self._kept.append((self._number, event))
+        self._send(event)
+
+    def mention(self, name: str, data: object) -> None:
+        """Tell those who read along what is so now; the next such event makes up for one that was missed."""
+        self._send(event_bytes(name, data, None))
+
+    def _send(self, event: bytes) -> None:
+        self._n_published += 1
+        for queue in list(self._queues):
+            if queue.full():
+                self._queues.discard(queue)  # it ends when it has sent what it holds
+                queue.get_nowait()
+                queue.put_nowait(None)
+            else:
+                queue.put_nowait(event)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Send events until the subscriber goes."""
+        response = await begin(request)
+        await self._streams.run(self._copy(request.headers.get("Last-Event-ID", ""), response))
+        return response
+
+    async def stats(self, _: web.Request) -> web.Response:
+        """Answer how many read along, in vllm-studio's words."""
+        return json_response({"total_events_published": self._n_published, "channels": {"default": len(self._queues)}})
+
+    async def _copy(self, last: str, response: web.StreamResponse) -> None:
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)
+        first = self._missed(last)
+        if last:  # what was only mentioned is not kept
+            first.append(event_bytes("instances", self._snapshot(), None))
+        self._queues.add(queue)
+        self._someone.set()
+        try:
+            for event in first:
+                await response.write(event)
+            while True:
+                try:
+                    async with asyncio.timeout(PING_S):
+                        next_event = await queue.get()
+                except TimeoutError:
+                    next_event = b": still here\n\n"
+                if next_event is None:
+                    return
+                await response.write(next_event)
+        finally:
+            self._queues.discard(queue)
+            if not self._queues:
+                self._someone.clear()
+
+    def _missed(self, last: str) -> list[bytes]:
+        """Return what a subscriber must get first, who has seen everything up to ``last``."""
+        boot, _, number = last.rpartition("-")
+        if boot == self._boot and number.isascii() and number.isdecimal():
+            seen = int(number)
+            if seen == self._number or (self._kept and self._kept[0][0] <= seen + 1 and seen < self._number):
+                return [event for each, event in self._kept if each > seen]
+        return [event_bytes("snapshot", self._snapshot(), f"{self._boot}-{self._number}")]

@@ -1,0 +1,378 @@
+"""The servers outside the core: each run of a model is planned, started, probed, watched and stopped here.
+
+What happens is told to the supervisor as events; nothing is decided here but how a server is asked.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmstudiod.adapters import probe
+from llmstudiod.adapters.planner import Plan, Planner
+from llmstudiod.adapters.probe import NotOurs
+from llmstudiod.adapters.proc import Pulse
+from llmstudiod.core.errors import LlmstudioError
+from llmstudiod.core.events import (
+    BecameReady,
+    Event,
+    LoadProgressed,
+    PlanVetted,
+    StartUnit,
+    StopUnit,
+    UnitFailed,
+    UnitGone,
+    UnitHung,
+    UnitStarted,
+    VetPlan,
+    Warned,
+    WatchUnit,
+)
+from llmstudiod.core.lifecycle import Failure, InstanceView
+from llmstudiod.core.load_log import Expected, read_load
+from llmstudiod.core.reasons import explain_exit
+from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash
+from llmstudiod.core.vigil import Look, Verdict, Vigil, is_alarming
+from llmstudiod.launchers.base import FoundUnit, Launcher, Unit
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_PERIOD_S = 1.0
+LOG_LINES, LOG_TRIES, LOG_LAG_S = 400, 4, 0.5  # a load writes some fifty, and the journal is late
+BUSY_LOOK_S, IDLE_LOOK_S, SOON_S = 5.0, 15.0, 1.0
+TOKEN_S = 30.0
+STOP_PAUSES_S = (0.5, 2.0, 0.0)
+ALARM_LINES = 200
+HUNG_HINT = "it is started anew; its log and `dmesg` may tell why"
+INTERNAL = Failure("internal", "an internal error, see the daemon's log")
+
+Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+
+
+class Upstreams(Protocol):
+    """The proxy's connections, as far as the supervisor must steer them."""
+
+    def open(self, model: str, run: int, socket_path: str) -> None:
+        """Allow connections to this run's socket."""
+
+    def close(self, model: str, run: int) -> None:
+        """Cut every connection of this run; exchanges in flight end with an error."""
+
+
+@dataclass(slots=True)
+class Run:
+    """The present run of a model, outside the core."""
+
+    number: int
+    task: asyncio.Task[None] | None = None
+    plan: Plan | None = None
+    recipe: Recipe | None = None  # in force when it was started or found; it may be removed meanwhile
+    alias: str | None = None  # the name that the server knows itself by; None: a recipe of before said which
+    unit: Unit | None = None
+    is_ready: bool = False  # it was, and clients may have written into its log since
+    verdict: Failure | None = None  # what we found out ourselves; it explains the end that we then bring about
+    launched: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Runs:
+    """One run for each model at most; ``post`` takes the events, ``spawn`` the tasks."""
+
+    def __init__(
+        self,
+        *,
+        launcher: Launcher,
+        planner: Planner,
+        upstreams: Upstreams,
+        pulse: Callable[[Unit], Pulse],
+        clock: Callable[[], float],
+        entry: Callable[[str], RecipeEntry],
+        view: Callable[[str], InstanceView | None],
+        post: Callable[[Event], None],
+        spawn: Spawn,
+    ) -> None:
+        self._launcher = launcher
+        self._planner = planner
+        self._upstreams = upstreams
+        self._pulse = pulse
+        self._clock = clock
+        self._entry = entry
+        self._view = view
+        self._post = post
+        self._spawn = spawn
+        self._runs: dict[str, Run] = {}
+        self._found: dict[str, FoundUnit] = {}
+
+    def of(self, model: str) -> Run | None:
+        """Return the present run of a model, or the last one."""
+        return self._runs.get(model)
+
+    def found(self, unit: FoundUnit) -> None:
+        """Remember a unit of an earlier daemon; `watch` will ask for it."""
+        self._found[unit.unit.model_id] = unit
+
+    def start(self, action: StartUnit) -> None:
+        """Begin a run."""
+        run = self._runs[action.model] = Run(action.run)
+        run.task = self._spawn(self._start(action, run), f"start {action.model}")
+
+    def watch(self, action: WatchUnit) -> None:
+        """Go on with a unit that was found."""
+        run = self._runs[action.model] = self._adopted(action)
+        run.task = self._spawn(self._watch(action.model, run), f"watch {action.model}")
+
+    def stop(self, action: StopUnit) -> None:
+        """End a run."""
+        _ = self._spawn(self._stop(action), f"stop {action.model}")
+
+    def vet(self, action: VetPlan) -> None:
+        """Make a plan without carrying it out."""
+        _ = self._spawn(self._vet(action), f"check {action.model}")
+
+    def _adopted(self, action: WatchUnit) -> Run:
+        found = self._found.pop(action.model)
+        entry = self._entry(action.model)
+        is_same = found.recipe_hash == recipe_hash(entry.recipe)
+        run = Run(action.run, unit=found.unit, alias=entry.recipe.alias if is_same else None)
+        run.launched.set()
+        run.recipe = entry.recipe
+        return run
+
+    async def _vet(self, action: VetPlan) -> None:
+        """Make the plan without carrying it out."""
+        failure: Failure | None = INTERNAL
+        wish, is_proven = None, True
+        try:
+            wish, is_proven = await self._planner.vet(self._entry(action.model), is_thorough=action.is_thorough)
+            failure = None
+        except LlmstudioError as error:
+            failure = _failure_of(error)
+        finally:
+            self._post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure, wish, is_proven))
+
+    async def _start(self, action: StartUnit, run: Run) -> None:
+        """Plan and start, then watch: the whole life of one run."""
+        model = action.model
+        try:
+            entry = self._entry(model)
+            run.plan = await self._planner.plan(entry, action.placement)
+            run.recipe, run.alias = entry.recipe, entry.recipe.alias
+            run.unit = await self._launcher.start(run.plan.request)
+        except LlmstudioError as error:
+            self._failed(model, run.number, _failure_of(error))
+            return
+        except Exception:  # a bug must fail the start, not leave its waiters hanging
+            self._failed(model, run.number, INTERNAL)
+            raise
+        finally:
+            run.launched.set()
+        logger.info("%s: %s was started, pid %d", model, run.unit.name, run.unit.pid)
+        self._post(UnitStarted(self._clock(), model, run.number))
+        if self._launcher.outlives_us and action.placement is not None:
+            remember = self._planner.learning.remember
+            await asyncio.to_thread(remember, run.unit.invocation_id, action.placement)
+        await self._watch(model, run)
+
+    async def _watch(self, model: str, run: Run) -> None:
+        """Wait until a unit that runs is ready, then for its end."""
+        unit = run.unit
+        assert unit is not None
+        readiness = self._spawn(self._await_ready(model, run), f"probe {model}")
+        try:
+            end = await self._launcher.wait(unit)
+        except Exception:  # whatever it is, a server that nobody watches must not be taken for a ready one
+            await self._stop_unit(model, is_forced=True)
+            self._failed(model, run.number, INTERNAL)
+            raise
+        finally:
+            readiness.cancel()
+            self._upstreams.close(model, run.number)
+        failure = run.verdict or explain_exit(
+            result=end.result, code=end.code, signal=end.signal, lines=end.lines,
+            build=run.plan.binary.version if run.plan else None, was_ready=run.is_ready, paths=_paths(run.plan),
+        )  # fmt: skip
+        self._failed(model, run.number, failure)
+
+    def _failed(self, model: str, run: int, failure: Failure) -> None:
+        self._post(UnitFailed(self._clock(), model, run, failure))
+
+    async def _await_ready(self, model: str, run: Run) -> None:
+        assert run.unit is not None
+        watcher = self._spawn(self._watch_progress(model, run), f"progress {model}")
+        try:
+            socket_path = self._launcher.socket_path(model)
+            facts = await probe.wait_ready(socket_path, alias=run.alias)
+        finally:
+            watcher.cancel()
+        if isinstance(facts, NotOurs):
+            message = f"'{facts.alias}' answers at its socket instead of '{run.alias}'"
+            run.verdict = Failure("socket", message, "is another server using this socket?")
+            await self._stop_unit(model, is_forced=True)
+            return
+        run.is_ready = True
+        self._upstreams.open(model, run.number, socket_path)
+        self._post(BecameReady(self._clock(), model, run.number, facts))
+        vigil = self._spawn(self._keep_vigil(model, run, socket_path), f"vigil over {model}")
+        try:
+            await self._heed_load(model, run)
+            await vigil
+        finally:
+            vigil.cancel()
+
+    async def _heed_load(self, model: str, run: Run) -> None:
+        """Read the log of a load that is over: what is not as it was asked for, and what the model needed."""
+        assert run.unit is not None
+        lines: list[str] = []
+        for _ in range(LOG_TRIES):
+            lines = await self._launcher.run_lines(run.unit, limit=LOG_LINES)
+            if any("listening on" in line for line in lines):  # all of the load has been logged then
+                break
+            await asyncio.sleep(LOG_LAG_S)
+        else:
+            return
+        told = read_load(lines, _expected(run)).warnings
+        if told:
+            self._post(Warned(self._clock(), model, run.number, told))
+        for warning in told:
+            logger.warning("%s: %s", model, warning)
+        plan = run.plan
+        # Once for each file, settings and build: it counts instead of the estimate.
+        if plan and plan.wish and plan.placement and not plan.wish.correction.is_of_a_run:
+            await asyncio.to_thread(self._planner.learn, plan, lines, run.unit.pid)
+
+    async def _keep_vigil(self, model: str, run: Run, socket_path: str) -> None:
+        """Look after a ready server for as long as it runs; tell when it does not answer any more."""
+        shown = self._view(model)
+        vigil = Vigil(self._clock(), patience_s=shown.spec.stall_timeout_s if shown else 120.0)
+        verdict, alarms = Verdict.WELL, tuple[str, ...]()
+        while verdict is not Verdict.HUNG:
+            shown = self._view(model)
+            if shown is None or shown.run != run.number:
+                return
+            is_busy = shown.in_flight > 0
+            await asyncio.sleep(SOON_S if verdict is Verdict.WAIT else BUSY_LOOK_S if is_busy else IDLE_LOOK_S)
+            alarms, before = self._alarms(run), alarms
+            look = await self._look(model, run, socket_path, is_alarmed=bool(alarms) and alarms != before)
+            verdict = vigil.look(look)
+            if verdict is Verdict.ASK:
+                is_embedding = run.recipe is not None and run.recipe.embedding
+                answered = await probe.produces_a_token(socket_path, is_embedding=is_embedding, within_s=TOKEN_S)
+                verdict = vigil.asked(self._clock(), has_answered=answered, within_s=TOKEN_S)
+        failure = Failure("hung", f"it does not answer any more: {vigil.reason}", HUNG_HINT, tuple(alarms[-5:]))
+        logger.error("%s: %s", model, failure.message)
+        self._post(UnitHung(self._clock(), model, run.number, failure))
+
+    async def _look(self, model: str, run: Run, socket_path: str, *, is_alarmed: bool) -> Look:
+        assert run.unit is not None
+        status, _ = await probe.get(socket_path, "/health")
+        shown = self._view(model)
+        n_in_flight = shown.in_flight if shown else 0
+        slots = await probe.slots(socket_path) if status and n_in_flight else None
+        pulse = await asyncio.to_thread(self._pulse, run.unit)
+        return Look(
+            at=self._clock(),
+            answers=status != 0,
+            n_in_flight=n_in_flight,
+            slots=slots.progress if slots else None,
+            n_free=slots.n_free if slots else 0,
+            cpu_s=pulse.cpu_s,
+            is_stopped=pulse.is_stopped,
+            is_alarmed=is_alarmed,
+        )
+
+    def _alarms(self, run: Run) -> tuple[str, ...]:
+        """Return the lines of late that sound fatal; a client may have had them written."""
+        assert run.unit is not None
+        return tuple(line for line in self._launcher.told(run.unit)[-ALARM_LINES:] if is_alarming(line))
+
+    async def _watch_progress(self, model: str, run: Run) -> None:
+        """Tell the scheduler whenever something moves in a loading server, so that only a standstill counts."""
+        unit, last = run.unit, None
+        assert unit is not None
+        expected = _expected(run)
+        n_bytes = await asyncio.to_thread(_file_bytes, run.plan)
+        while True:
+            seen = await asyncio.to_thread(self._pulse, unit)
+            lines = self._launcher.told(unit)
+            mark = (seen.mark, len(lines))
+            if mark != last:
+                last = mark
+                facts = read_load(lines, expected)
+                in_memory = min(0.95, (seen.resident or 0) / n_bytes) if n_bytes else 0.0
+                progress = max(facts.progress, in_memory)
+                self._post(LoadProgressed(self._clock(), model, run.number, progress, facts.stage))
+            await asyncio.sleep(PROGRESS_PERIOD_S)
+
+    async def _stop(self, action: StopUnit) -> None:
+        """Stop a run, also one that is only just being started."""
+        run = self._runs.get(action.model)
+        self._upstreams.close(action.model, action.run)
+        if run is not None and run.task is not None:
+            if run.plan is None:
+                run.task.cancel()  # planning can be dropped
+            # A systemd-run under way is left to finish, so that there is a unit to stop.
+            launched = self._spawn(_wait_for(run.launched), f"launch of {action.model}")
+            await asyncio.wait({run.task, launched}, return_when=asyncio.FIRST_COMPLETED)
+            launched.cancel()
+        await self._stop_unit(action.model, is_forced=action.is_forced)
+        if run is not None and run.task is not None:
+            run.task.cancel()
+        self._post(UnitGone(self._clock(), action.model, action.run))
+
+    async def _stop_unit(self, model: str, *, is_forced: bool) -> None:
+        """Stop a model's unit, more than once if need be: systemd may be restarting itself.
+
+        A failure is told and no more: whoever waits for the end must not wait for ever.
+        """
+        for pause_s in STOP_PAUSES_S:
+            try:
+                await self._launcher.stop(model, is_forced=is_forced)
+            except LlmstudioError as error:
+                logger.error("%s: cannot be stopped: %s", model, error)  # noqa: TRY400 - a user's error, no bug
+                await asyncio.sleep(pause_s)
+            except Exception:
+                logger.exception("%s: cannot be stopped", model)
+                return
+            else:
+                return
+
+
+def _expected(run: Run) -> Expected:
+    """Return what a start asked for, as far as that is known."""
+    recipe, plan = run.recipe, run.plan
+    if recipe is None:
+        return Expected()
+    placement = plan.placement if plan else None
+    n_gpu_layers = placement.run.n_gpu_layers if placement and placement.gpus else None
+    return Expected(
+        is_on_gpu=bool(placement and placement.gpus) or recipe.n_gpu_layers not in {"auto", 0},
+        n_gpu_layers=n_gpu_layers,
+        n_ctx=plan.command.context.n_ctx_total if plan else None,
+        has_draft=recipe.draft_model is not None,
+        has_mmproj=recipe.mmproj is not None,
+    )
+
+
+def _paths(plan: Plan | None) -> dict[str, str]:
+    """Return the names of a server's files outside by the ones inside."""
+    return {file.inside: file.host for file in plan.request.files} if plan else {}
+
+
+def _file_bytes(plan: Plan | None) -> int:
+    """Return how much a load has to read, as far as that is known."""
+    paths = [file.host for file in plan.request.files] or [plan.request.model_path] if plan else []
+    try:
+        return sum(Path(path).stat().st_size for path in paths if path)
+    except OSError:
+        return 0
+
+
+async def _wait_for(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+def _failure_of(error: LlmstudioError) -> Failure:
+    message = error.message.partition(": ")[2] if error.message.startswith("cannot load '") else error.message
+    lines: Mapping[str, Any] = error.details
+    return Failure(str(lines.get("failure") or error.kind), message, error.hint, tuple(lines.get("lines", ())))

@@ -1,0 +1,196 @@
+"""Recipes over HTTP: made, read, changed, checked and removed; what people wrote by hand is never touched."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from llmstudiod.demo.tiny_gguf import write_tiny_gguf
+from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[RunningDaemon]:
+    """A daemon with one GGUF and no recipe."""
+    (tmp_path / "models").mkdir()
+    write_tiny_gguf(tmp_path / "models" / "tiny.gguf")
+    with running_daemon(tmp_path, auto_recipes=False) as running:
+        yield running
+
+
+@pytest.fixture
+async def admin(daemon: RunningDaemon) -> AsyncIterator[aiohttp.ClientSession]:
+    """A client of the admin socket."""
+    connector = aiohttp.UnixConnector(daemon.admin.socket_path)
+    async with aiohttp.ClientSession("http://admin", connector=connector) as session:
+        yield session
+
+
+def recipe(daemon: RunningDaemon, model: str = "one", **changes: Any) -> dict[str, Any]:
+    """Return a recipe of the small model."""
+    path = str(daemon.home / "models" / "tiny.gguf")
+    return {"id": model, "name": model.title(), "model_path": path, "max_model_len": 512} | changes
+
+
+async def ask(admin: aiohttp.ClientSession, method: str, path: str, body: Any = None, **more: Any) -> tuple[int, Any]:
+    """Send a request and return status and answer."""
+    options = {"data": body} if isinstance(body, str) else {"json": body} if body is not None else {}
+    async with admin.request(method, path, **options, **more) as answer:
+        return answer.status, await answer.json()
+
+
+YAML = {"headers": {"Content-Type": "application/yaml"}}
+
+
+async def test_recipe_is_made_read_changed_and_removed(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """As vllm-studio's clients do it; each step is in force when its answer comes."""
+    assert await ask(admin, "POST", "/recipes", recipe(daemon)) == (200, {"success": True, "id": "one"})
+    status, shown = await ask(admin, "GET", "/recipes/one")
+    assert (status, shown["max_model_len"], shown["status"], shown["name"]) == (200, 512, "stopped", "One")
+    assert [item["id"] for item in (await ask(admin, "GET", "/recipes"))[1]] == ["one"]
+    # A client that sends back what it got, with one thing changed.
+    assert await ask(admin, "PUT", "/recipes/one", shown | {"max_model_len": 256}) == (
+        200,
+        {"success": True, "id": "one"},
+    )
+    shown = (await ask(admin, "GET", "/recipes/one"))[1]
+    assert (shown["max_model_len"], "max_num_seqs" in shown["old"]) == (256, True)
+    assert (await ask(admin, "POST", "/launch/one"))[1]["success"] is True
+    assert await ask(admin, "DELETE", "/recipes/one") == (200, {"success": True})
+    assert (await ask(admin, "GET", "/recipes/one"))[0] == 404
+    assert list((daemon.home / "recipes.d").iterdir()) == []
+    wait_until(lambda: daemon.admin.get("status")["instances"] == [])
+
+
+async def test_put_creates_and_the_path_decides(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """The id of the body counts for POST alone."""
+    assert await ask(admin, "PUT", "/recipes/two", recipe(daemon)) == (200, {"success": True, "id": "two"})
+    assert (daemon.home / "recipes.d" / "two.yaml").exists()
+
+
+async def test_yaml_is_kept_as_it_is(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """Comments and order are its author's."""
+    text = f"# mine\nid: one\nmodel_path: {daemon.home}/models/tiny.gguf  # small\nmax_model_len: 512\n"
+    assert (await ask(admin, "PUT", "/recipes/one", text, **YAML))[0] == 200
+    assert (daemon.home / "recipes.d" / "one.yaml").read_text().endswith(text)
+    status, answer = await ask(admin, "PUT", "/recipes/other", text, **YAML)
+    assert (status, "expected 'other'" in answer["detail"]) == (400, True)
+
+
+@pytest.mark.parametrize(("method", "body"), [("PUT", {"max_model_len": 256}), ("DELETE", None)])
+async def test_what_a_person_wrote_is_left_alone(
+    daemon: RunningDaemon, admin: aiohttp.ClientSession, method: str, body: dict[str, Any] | None
+) -> None:
+    """A file by hand, and one of ours that was edited since."""
+    assert (await ask(admin, "POST", "/recipes", recipe(daemon, "ours")))[0] == 200
+    ours = daemon.home / "recipes.d" / "ours.yaml"
+    ours.write_text(ours.read_text() + "# a note\n")
+    theirs = daemon.home / "recipes.d" / "theirs.yaml"
+    theirs.write_text("# by hand\n" + json.dumps(recipe(daemon, "theirs")))
+    daemon.reload()
+    before = {path: path.read_bytes() for path in (ours, theirs)}
+    for model in ("ours", "theirs"):
+        sent = None if body is None else recipe(daemon, model, **body)
+        status, answer = await ask(admin, method, f"/recipes/{model}", sent)
+        assert (status, "was written by hand" in answer["detail"]) == (403, True), answer
+        assert answer["hint"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"id": "Not An Id"}, "id"),
+        ({"model_path": 5}, "model_path"),
+        ({"max_model_len": "many"}, "max_model_len"),
+        ({"id": "../../etc/passwd"}, "id"),
+        ({"env_vars": {"LD_PRELOAD": "/x"}}, "env_vars"),
+        ({"env_vars": {"HARMLESS": "1"}}, "no environment variables over HTTP"),
+        ({"sandbox": {"network": "host"}}, "no relaxation over HTTP"),
+        ({"extra_args": {"log_file": "/x"}}, "log_file"),
+        ({"model_path": "/etc/passwd"}, "model directories"),
+        ({"extra_args": {"llama_bin": "/bin/sh"}}, "llama_bin"),
+    ],
+)
+async def test_bad_recipe_is_refused(
+    daemon: RunningDaemon, admin: aiohttp.ClientSession, changes: dict[str, Any], says: str
+) -> None:
+    """With every fault and where it is; nothing is written."""
+    status, answer = await ask(admin, "POST", "/recipes", recipe(daemon, **changes))
+    assert status in {400, 403}, answer
+    assert says in answer["detail"] or says in json.dumps(answer.get("faults", [])), answer
+    assert list((daemon.home / "recipes.d").iterdir()) == []
+    status, answer = await ask(admin, "POST", "/recipes/check", recipe(daemon, **changes))
+    assert (status, answer["ok"]) == (200, False)
+    assert says in json.dumps(answer["faults"])
+
+
+@pytest.mark.parametrize("body", ["{", "[1]", '"x"', "5", ""])
+async def test_what_is_no_recipe_is_refused(admin: aiohttp.ClientSession, body: str) -> None:
+    """Neither JSON nor an object."""
+    for path in ("/recipes", "/recipes/check"):
+        status, answer = await ask(admin, "POST", path, body, headers={"Content-Type": "application/json"})
+        assert (status, bool(answer["detail"])) == (400, True)
+
+
+async def test_two_recipes_in_one_file_are_refused(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """One path is one recipe."""
+    text = json.dumps([recipe(daemon, "one"), recipe(daemon, "two")])
+    status, answer = await ask(admin, "POST", "/recipes", text, **YAML)
+    assert (status, "expected one recipe, found 2" in answer["detail"]) == (400, True)
+
+
+async def test_recipe_that_takes_anothers_name_is_refused(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """Names are unique over all files."""
+    assert (await ask(admin, "POST", "/recipes", recipe(daemon, "one", aliases=["gpt-4o"])))[0] == 200
+    status, answer = await ask(admin, "POST", "/recipes", recipe(daemon, "two", aliases=["gpt-4o"]))
+    assert (status, "gpt-4o" in answer["detail"]) == (403, True)
+
+
+async def test_check_tells_what_would_become_of_it(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """Command line and context of a recipe that is not stored; a model that is running is not disturbed."""
+    status, answer = await ask(admin, "POST", "/recipes/check", recipe(daemon, max_num_seqs=2, port=8000))
+    assert (status, answer["ok"], answer["error"]) == (200, True, None)
+    assert (answer["plan"]["n_ctx"], answer["plan"]["n_parallel"]) == (512, 2)
+    assert "--alias" in answer["plan"]["argv"]
+    assert any(fault["severity"] == "warning" and "port" in fault["key"] for fault in answer["faults"])
+    assert (await ask(admin, "GET", "/recipes"))[1] == []
+    status, answer = await ask(
+        admin, "POST", "/recipes/check", recipe(daemon, model_path=f"{daemon.home}/models/no.gguf")
+    )
+    assert (status, "does not exist" in answer["error"]["detail"]) == (200, True)
+
+
+async def test_check_names_the_line_of_yaml(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """An editor can mark it."""
+    status, answer = await ask(
+        admin, "POST", "/recipes/check", "id: a\nmodel_path: /m.gguf\nmax_model_len: no\n", **YAML
+    )
+    assert (status, answer["ok"]) == (200, False)
+    assert [(fault["line"], fault["key"]) for fault in answer["faults"]] == [(3, "max_model_len")]
+
+
+async def test_recipes_that_come_at_once_are_all_kept(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """Each answer tells the truth."""
+    answers = await asyncio.gather(*(ask(admin, "POST", "/recipes", recipe(daemon, f"m{n}")) for n in range(8)))
+    assert [status for status, _ in answers] == [200] * 8
+    assert len((await ask(admin, "GET", "/recipes"))[1]) == 8
+
+
+async def test_gguf_without_a_recipe_cannot_be_deleted(tmp_path: Path) -> None:
+    """The answer says why, and what to do."""
+    (tmp_path / "models").mkdir()
+    write_tiny_gguf(tmp_path / "models" / "tiny.gguf")
+    with running_daemon(tmp_path) as daemon:
+        async with aiohttp.ClientSession(
+            "http://admin", connector=aiohttp.UnixConnector(daemon.admin.socket_path)
+        ) as admin:
+            status, answer = await ask(admin, "DELETE", "/recipes/tiny")
+    assert (status, answer["kind"]) == (409, "conflict")
+    assert "auto_recipes" in answer["hint"]

@@ -1,0 +1,354 @@
+"""llmstudioctl as administrators type it, against a daemon with the embedded engine; the basics: `test_daemon.py`."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmstudiod.ctl.progress import bar_line
+from llmstudiod.demo.tiny_gguf import write_tiny_gguf
+from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
+
+pytestmark = pytest.mark.engine
+
+BY_HAND = "# the small one, for tests\nid: hand\nmodel_path: {path}\nmax_model_len: 512  # enough\n"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[RunningDaemon]:
+    """A daemon with one GGUF without a recipe (`tiny`) and a recipe that a person wrote (`hand`)."""
+    for name in ("models", "recipes.d", "state"):
+        (tmp_path / name).mkdir()
+    write_tiny_gguf(tmp_path / "models" / "tiny.gguf")
+    write_tiny_gguf(tmp_path / "models" / "other.gguf")  # a GGUF with a recipe is not listed a second time
+    (tmp_path / "recipes.d" / "hand.yaml").write_text(BY_HAND.format(path=tmp_path / "models" / "other.gguf"))
+    with running_daemon(tmp_path, state_directory=tmp_path / "state") as running:
+        yield running
+
+
+@dataclass(slots=True)
+class Terminal:
+    """A program on a terminal of its own."""
+
+    process: subprocess.Popen[bytes]
+    descriptor: int
+    text: str = field(default="")
+
+    def has(self, words: str) -> bool:
+        """Read what is there, and tell whether the words were among all that was shown."""
+        try:
+            self.text += os.read(self.descriptor, 65536).decode(errors="replace")
+        except (BlockingIOError, OSError):  # EIO: the program has ended
+            pass
+        return words in self.text
+
+
+@contextmanager
+def on_terminal(daemon: RunningDaemon, *words: str) -> Iterator[Terminal]:
+    """Run llmstudioctl on a terminal of 100 columns."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    argv = [sys.executable, "-m", "llmstudiod.ctl.main", "--socket", daemon.admin.socket_path, *words]
+    environment = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm"}
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    try:
+        yield Terminal(process, ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def editor(tmp_path: Path, script: str) -> dict[str, str]:
+    """Return an environment whose editor is a shell script that gets the file as $1."""
+    path = tmp_path / "editor"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return {**os.environ, "EDITOR": str(path), "VISUAL": ""}
+
+
+def ctl(
+    daemon: RunningDaemon, *words: str, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run llmstudioctl with an environment or something on its standard input."""
+    argv = [sys.executable, "-m", "llmstudiod.ctl.main", "--socket", daemon.admin.socket_path, *words]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, env=env, input=stdin)
+
+
+# Recipes
+
+
+def test_recipe_is_made_shown_and_deleted(daemon: RunningDaemon) -> None:
+    """`new` takes a file and fields, `show` prints what is stored, `delete` leaves the model's file."""
+    gguf = daemon.home / "models" / "other.gguf"
+    made = daemon.ctl("recipe", "new", str(gguf), "--id", "short", "--set", "max_model_len=256", "--set", "name=Short")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "`llmstudioctl load short`" in made.stdout
+    shown = daemon.ctl("recipe", "show", "short").stdout
+    assert "max_model_len: 256" in shown
+    as_json = json.loads(daemon.ctl("recipe", "show", "short", "--json").stdout)
+    assert (as_json["name"], as_json["max_model_len"], as_json["model_path"]) == ("Short", 256, str(gguf))
+    again = daemon.ctl("recipe", "new", str(gguf), "--id", "short")
+    assert again.returncode == 1
+    assert "there is a recipe 'short' already" in again.stderr
+    assert "recipe edit short" in again.stderr
+    assert daemon.ctl("recipe", "delete", "short").stdout == "the recipe of 'short' is removed\n"
+    assert daemon.ctl("recipe", "show", "short").returncode == 4
+    assert gguf.exists()
+
+
+def test_recipe_of_a_gguf_without_one_takes_its_id(daemon: RunningDaemon) -> None:
+    """What the daemon serves already under a name gets its settings under that name."""
+    made = daemon.ctl("recipe", "new", str(daemon.home / "models" / "tiny.gguf"), "--set", "max_num_seqs=2")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(daemon.ctl("recipe", "show", "tiny", "--json").stdout)["max_num_seqs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--set", "max_model_len"], 2, "expected NAME=VALUE, found 'max_model_len'"),
+        (["--id", "new", "--set", "max_model_len=-1"], 3, "max_model_len"),
+        (["--id", "new", "--set", "tokenizer_mode=slow", "--set", "n_gpu_layers=many"], 3, "n_gpu_layers"),
+        (["--id", "Bad Name"], 3, "id"),
+    ],
+)
+def test_bad_recipe_is_told_and_not_stored(daemon: RunningDaemon, words: list[str], code: int, message: str) -> None:
+    """With the field, and what was expected."""
+    done = daemon.ctl("recipe", "new", str(daemon.home / "models" / "tiny.gguf"), *words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert sorted(path.name for path in (daemon.home / "recipes.d").rglob("*") if path.is_file()) == ["hand.yaml"]
+
+
+def test_path_that_is_no_gguf_is_told(daemon: RunningDaemon) -> None:
+    """A recipe may be there before its file; but it is said."""
+    done = daemon.ctl("recipe", "new", str(daemon.home / "models" / "gone.gguf"))
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: it cannot be loaded now: ")
+    assert "gone.gguf" in done.stderr
+
+
+def test_edit_keeps_what_people_wrote(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The file itself is opened: comments stay, its mode too, and the change is in force."""
+    file = daemon.home / "recipes.d" / "hand.yaml"
+    file.chmod(0o640)
+    done = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, "sed -i s/512/384/ $1"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert file.read_text() == BY_HAND.format(path=daemon.home / "models" / "other.gguf").replace("512", "384")
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert json.loads(daemon.ctl("recipe", "show", "hand", "--json").stdout)["max_model_len"] == 384
+
+
+def test_edit_of_a_fault_is_refused_at_its_line(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The old recipe stays, and so does the file."""
+    before = (daemon.home / "recipes.d" / "hand.yaml").read_text()
+    done = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, "sed -i 's/512/many/' $1"))
+    assert done.returncode == 3
+    assert "line 4: " in done.stderr
+    assert "max_model_len" in done.stderr
+    assert "the recipe was not stored" in done.stderr
+    assert (daemon.home / "recipes.d" / "hand.yaml").read_text() == before
+
+
+def test_edit_that_changes_nothing_stores_nothing(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """And an editor that fails, or is not there, says so."""
+    done = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, "true"))
+    assert (done.returncode, done.stderr) == (0, "nothing was changed\n")
+    failed = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, "exit 9"))
+    assert (failed.returncode, "the editor ended with 9" in failed.stderr) == (1, True)
+    missing = ctl(daemon, "recipe", "edit", "hand", env={**os.environ, "VISUAL": "/nowhere/vi", "EDITOR": ""})
+    assert (missing.returncode, "'/nowhere/vi' cannot be found" in missing.stderr) == (1, True)
+    assert "hint: set VISUAL or EDITOR" in missing.stderr
+
+
+def test_edit_of_a_stored_recipe(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """What came over HTTP is changed the same way."""
+    daemon.ctl("recipe", "new", str(daemon.home / "models" / "other.gguf"), "--id", "short")
+    done = ctl(daemon, "recipe", "edit", "short", env=editor(tmp_path, "echo 'max_model_len: 320  # odd' >> $1"))
+    assert done.returncode == 0, done.stderr
+    assert "max_model_len: 320  # odd" in daemon.ctl("recipe", "show", "short").stdout
+
+
+def test_command_becomes_a_recipe(daemon: RunningDaemon) -> None:
+    """Printed by default, stored on request; what has no place in a recipe is told."""
+    gguf = daemon.home / "models" / "tiny.gguf"
+    command = f"llama-server -m {gguf} -c 512 -np 1 --port 8081 --top-k 20"
+    printed = ctl(daemon, "recipe", "from-command", stdin=command)
+    assert printed.returncode == 0, printed.stderr
+    assert "max_model_len: 512" in printed.stdout
+    assert "top-k: 20" in printed.stdout
+    assert "note: --port is left out" in printed.stderr
+    saved = daemon.ctl(
+        "recipe", "from-command", "--save", "--", *command.replace("tiny.gguf", "tiny.gguf --alias mine").split()
+    )
+    assert saved.returncode == 0, saved.stderr
+    assert daemon.admin.get("recipes", "mine")["id"] == "tiny"
+
+
+def test_what_is_no_command_is_told(daemon: RunningDaemon) -> None:
+    """With what was expected."""
+    done = ctl(daemon, "recipe", "from-command", stdin="llama-server -c 512")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "names no model" in done.stderr
+    assert "hint: expected `-m FILE.gguf`" in done.stderr
+
+
+# Steering
+
+
+def test_pin_restart_and_reload(daemon: RunningDaemon) -> None:
+    """Each says what it did; a pin lasts until it is taken back."""
+    daemon.ctl("load", "tiny")
+    before = daemon.admin.get("instances", "tiny")["pid"]
+    assert "pinned" in daemon.ctl("pin", "tiny").stdout
+    assert daemon.admin.get("instances", "tiny")["is_pinned"] is True
+    assert daemon.ctl("restart", "tiny").returncode == 0
+    after = daemon.admin.get("instances", "tiny")
+    assert (after["state"], after["pid"] != before, after["is_pinned"]) == ("ready", True, True)
+    assert daemon.ctl("unpin", "tiny").returncode == 0
+    assert daemon.admin.get("instances", "tiny")["is_pinned"] is False
+    daemon.put_recipe({"id": "more", "model_path": str(daemon.home / "models" / "other.gguf")})
+    assert daemon.ctl("reload").returncode == 0
+    assert daemon.state("more") == "stopped"
+    (daemon.home / "recipes.d" / "bad.yaml").write_text("id: [")
+    faulty = daemon.ctl("reload")
+    assert (faulty.returncode, "`llmstudioctl check` tells them" in faulty.stderr) == (3, True)
+    for words in (["pin", "nobody"], ["unpin", "nobody"], ["restart", "nobody"]):
+        assert daemon.ctl(*words).returncode == 4
+
+
+# Looking
+
+
+def test_top_once(daemon: RunningDaemon) -> None:
+    """Where nobody looks at a terminal it prints one picture, without control codes."""
+    daemon.ctl("load", "tiny")
+    done = daemon.ctl("top")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert re.search(r"^llmstudiod: 2 models, 1 loaded, 0 requests$", done.stdout, re.MULTILINE)
+    assert re.search(r"^RAM +▕.*▏ .* of ", done.stdout, re.MULTILINE)
+    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("tiny", "hand"))]
+    assert rows == [["tiny", "ready"], ["hand", "stopped"]]
+    as_json = json.loads(daemon.ctl("top", "--json").stdout)
+    assert sorted(as_json) == ["gpus", "instances"]
+
+
+def test_top_is_live(daemon: RunningDaemon) -> None:
+    """A model that is loaded meanwhile is seen; ^C gives the terminal back."""
+    with on_terminal(daemon, "top") as terminal:
+        wait_until(lambda: terminal.has("\x1b[?1049h"))
+        wait_until(lambda: terminal.has("2 models, 0 loaded"))
+        daemon.ctl("load", "tiny")
+        wait_until(lambda: terminal.has("2 models, 1 loaded"))
+        widths = [len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) for line in terminal.text.splitlines()]
+        assert max(widths) <= 100
+        terminal.process.send_signal(signal.SIGINT)
+        wait_until(lambda: terminal.has("\x1b[?1049l"))
+        assert terminal.process.wait(10) == 130
+
+
+def test_top_ends_with_the_daemon(daemon: RunningDaemon) -> None:
+    """It does not hang on what is not there any more."""
+    with on_terminal(daemon, "top") as terminal:
+        wait_until(lambda: terminal.has("2 models"))
+        daemon.process.terminate()
+        assert terminal.process.wait(15) == 8
+        assert terminal.has("\x1b[?1049l")
+
+
+def test_load_shows_progress_on_a_terminal_alone(daemon: RunningDaemon) -> None:
+    """A bar while it lasts, nothing of it afterwards; none where the output goes to a file."""
+    assert "▕" not in daemon.ctl("load", "hand").stderr
+    with on_terminal(daemon, "load", "tiny") as terminal:
+        wait_until(lambda: terminal.has("'tiny' is ready"))
+        assert terminal.process.wait(10) == 0
+        assert terminal.text.rstrip().endswith("\x1b[K'tiny' is ready")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"progress": 0.5, "message": "tensors", "stage": "loading"}, f"a ▕{'█' * 12}{' ' * 12}▏  50% tensors"),
+        ({"progress": None, "message": "", "stage": "waiting"}, f"a ▕{' ' * 24}▏      waiting"),
+        ({"progress": 1.0, "message": "x" * 99, "stage": "loading"}, f"a ▕{'█' * 24}▏ 100% {'x' * 25}"),
+    ],
+)
+def test_bar_fits_the_line(data: dict[str, Any], expected: str) -> None:
+    """One line of the terminal, or its end would scroll."""
+    assert bar_line({"recipe_id": "a", **data}, 60) == expected
+
+
+def test_doctor_examines_everything(daemon: RunningDaemon) -> None:
+    """Each topic once at least; what is wrong comes with what to do."""
+    done = daemon.ctl("doctor", "--json")
+    findings = json.loads(done.stdout)
+    topics = {finding["topic"] for finding in findings}
+    assert topics >= {"units", "daemon", "llama-server", "devices", "endpoint", "keys", "disk", "recipes"}
+    assert [finding for finding in findings if finding["level"] == "fault"] == []
+    assert done.returncode == 0
+    (engine,) = (finding for finding in findings if finding["topic"] == "llama-server")
+    assert (engine["level"], "apt install" in engine["hint"]) == ("warning", True)
+    shown = daemon.ctl("doctor")
+    assert "\x1b" not in shown.stdout
+    assert f"✓ endpoint      http://localhost:{daemon.port}/v1 answers (200)" in shown.stdout
+
+
+def test_doctor_finds_faults(daemon: RunningDaemon) -> None:
+    """A faulty recipe, a model that has failed, a daemon that is gone."""
+    (daemon.home / "recipes.d" / "bad.yaml").write_text("id: [")
+    (daemon.home / "models" / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
+    daemon.put_recipe({"id": "broken", "model_path": str(daemon.home / "models" / "broken.gguf")})
+    daemon.ctl("reload")
+    assert daemon.ctl("load", "broken").returncode == 7
+    done = daemon.ctl("doctor")
+    assert done.returncode == 1
+    assert re.search(
+        r"^✗ recipes +\d faults? in recipes or settings\n +`llmstudioctl check`", done.stdout, re.MULTILINE
+    )
+    assert re.search(r"^! models +broken has failed: ", done.stdout, re.MULTILINE)
+    daemon.process.terminate()
+    daemon.process.wait(20)
+    gone = daemon.ctl("doctor")
+    assert gone.returncode == 1
+    assert re.search(r"^✗ daemon +cannot reach the daemon", gone.stdout, re.MULTILINE)
+
+
+def test_web_prints_an_address_that_signs_in(daemon: RunningDaemon) -> None:
+    """Also for somebody who came over SSH, who needs a tunnel."""
+    done = ctl(daemon, "web", "--no-open", env={**os.environ, "SSH_CONNECTION": "10.0.0.2 1 10.0.0.1 22"})
+    url = done.stdout.strip()
+    assert url.startswith(f"http://localhost:{daemon.port}/")
+    assert f"ssh -L {daemon.port}:localhost:{daemon.port}" in done.stderr
+    with urllib.request.urlopen(url) as page:
+        assert page.status == 200
+    assert daemon.ctl("web", "--sign-out").stdout == "everybody is signed out of the page\n"
+    as_json = json.loads(daemon.ctl("web", "--json").stdout)
+    assert as_json["urls"][0].startswith(f"http://localhost:{daemon.port}/")
+
+
+def test_tables_fit_the_terminal(daemon: RunningDaemon) -> None:
+    """A long name or a long reason does not break the lines; colours only there."""
+    daemon.put_recipe({"id": "a-" + "very-" * 11 + "long", "model_path": str(daemon.home / "models" / "gone.gguf")})
+    daemon.ctl("reload")
+    daemon.ctl("load", "a-" + "very-" * 11 + "long")
+    with on_terminal(daemon, "list") as terminal:
+        wait_until(lambda: terminal.has("MODEL") and terminal.process.poll() is not None)
+        assert "\x1b[" in terminal.text
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in terminal.text.splitlines()]
+        assert lines
+        assert max(map(len, lines)) <= 100, lines
+    assert "\x1b" not in daemon.ctl("list").stdout

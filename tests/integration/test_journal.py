@@ -1,0 +1,133 @@
+"""The follower of the journal: what it believes, and that its own end costs nothing."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmstudiod.launchers.journal import MAX_LINES, MAX_RUNS, Journal, message
+
+UNIT = "llmstudio-model-a.service"
+# Stands in for journalctl: prints what a file holds line by line, then ends or waits, as the file's name says.
+FAKE = """\
+#!/bin/sh
+here=$(dirname "$0")
+echo "$@" >> "$here/calls"
+n=$(wc -l < "$here/calls")
+cat "$here/say-$n" 2>/dev/null || exec sleep 1000
+test -e "$here/stay-$n" && exec sleep 1000
+exit 1
+"""
+
+
+def entry(text: object, number: int, *, unit: object = UNIT, run: object = "r1", **more: object) -> str:
+    """Return one line of journalctl's JSON."""
+    fields: dict[str, Any] = {"__CURSOR": f"c{number}", "MESSAGE": text, "_SYSTEMD_UNIT": unit}
+    return json.dumps(fields | {"_SYSTEMD_INVOCATION_ID": run} | more)
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    """A directory with a journalctl of our own."""
+    program = tmp_path / "journalctl"
+    program.write_text(FAKE)
+    program.chmod(0o755)
+    return tmp_path
+
+
+async def followed(fake: Path, *says: list[str], until: str, stays: bool = True) -> tuple[Journal, list[str]]:
+    """Follow what each call says, until a line has come; return the journal and how journalctl was called."""
+    for number, lines in enumerate(says, 1):
+        (fake / f"say-{number}").write_text("".join(f"{line}\n" for line in lines))
+    if stays:
+        (fake / f"stay-{len(says)}").touch()
+    journal = Journal((str(fake / "journalctl"),))
+    journal.start()
+    async with asyncio.timeout(10):
+        while until not in journal.lines("r1"):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+    return journal, (fake / "calls").read_text().splitlines()
+
+
+async def test_lines_by_run(fake: Path) -> None:
+    """Each run has its own lines, in order; odd messages are read as well."""
+    lines = [entry("one", 1), entry("other", 2, run="r2"), entry([104, 105, 255], 3), entry(["a", "b"], 4)]
+    journal, _ = await followed(fake, [*lines, "{broken", entry(None, 5), entry("end", 6)], until="end")
+    assert journal.lines("r1") == ["one", "hi\ufffd", "a", "b", "", "end"]
+    assert journal.lines("r2") == ["other"]
+    assert journal.lines("r3") == []
+    await journal.close()
+
+
+async def test_forged_entries_are_ignored(fake: Path) -> None:
+    """Our fields can be written by anybody; those that journald vouches for cannot."""
+    forged = [
+        entry("forged", 1, unit="user@1000.service", LLMSTUDIO="model", LLMSTUDIO_MODEL="a"),
+        entry("forged", 2, unit=None),
+        entry("forged", 3, unit=[UNIT, "x"]),
+        entry("forged", 4, run=None),
+        json.dumps({"MESSAGE": "forged", "_SYSTEMD_UNIT": UNIT, "_SYSTEMD_INVOCATION_ID": "r1"}),
+    ]
+    journal, _ = await followed(fake, [*forged, entry("true", 9)], until="true")
+    assert journal.lines("r1") == ["true"]
+    await journal.close()
+
+
+async def test_goes_on_after_its_own_death(fake: Path) -> None:
+    """Journalctl ends: the next one begins behind what was read."""
+    journal, calls = await followed(fake, [entry("one", 1)], [entry("two", 2)], until="two")
+    assert journal.lines("r1") == ["one", "two"]
+    assert "--lines=0" in calls[0]
+    assert "--after-cursor=c1" in calls[1]
+    assert all("LLMSTUDIO=model" in call for call in calls)
+    await journal.close()
+
+
+async def test_bad_cursor_is_given_up(fake: Path) -> None:
+    """A journal that was vacuumed does not know the cursor: a little of the past is read again, nothing twice."""
+    says = [[entry("one", 1)], [], [], [entry("one", 1), entry("two", 2)]]
+    journal, calls = await followed(fake, *says, until="two")
+    assert journal.lines("r1") == ["one", "two"]
+    assert "--since=" in calls[3]
+    await journal.close()
+
+
+async def test_without_journalctl(tmp_path: Path) -> None:
+    """It is not there: nothing is known, and nothing fails."""
+    journal = Journal((str(tmp_path / "nowhere"),))
+    journal.start()
+    await asyncio.sleep(0.05)
+    assert journal.lines("r1") == []
+    await journal.close()
+
+
+async def test_memory_is_bounded(fake: Path) -> None:
+    """A chatty model loses its oldest lines."""
+    many = [entry(f"line {number}", number) for number in range(MAX_LINES + 50)]
+    journal, _ = await followed(fake, [*many, entry("end", 9999)], until="end")
+    assert len(journal.lines("r1")) == MAX_LINES
+    await journal.close()
+
+
+async def test_runs_are_bounded(fake: Path) -> None:
+    """The oldest runs are forgotten first."""
+    many = [entry(f"line {number}", number, run=f"r{number}") for number in range(MAX_RUNS + 10)]
+    journal, _ = await followed(fake, [*many, entry("end", 9999)], until="end")
+    kept = [number for number in range(MAX_RUNS + 10) if journal.lines(f"r{number}") and number != 1]
+    assert kept[0] == 11
+    assert len(kept) == MAX_RUNS - 1
+    await journal.close()
+
+
+def test_messages() -> None:
+    """Text, bytes as numbers, several of them, nothing."""
+    assert [message(value) for value in ("a", [97], ["a", [98]], None, 5, [300])] == [
+        "a",
+        "a",
+        "a\nb",
+        "",
+        "",
+        "\n"[:0],
+    ]

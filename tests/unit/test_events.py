@@ -1,0 +1,91 @@
+"""The event stream: a snapshot first, what was missed after a break, and nobody waits for a slow reader."""
+
+import json
+from typing import Any
+
+import pytest
+
+from llmstudiod.core.lifecycle import Failure, Instance, State, Transition, view
+from llmstudiod.http.events import KEPT, QUEUE, Events
+from llmstudiod.http.streams import Streams
+from tests.unit.scheduler_world import spec
+
+
+def parsed(raw: bytes) -> tuple[str, str, dict[str, Any]]:
+    """Return id, name and data of an event."""
+    fields = dict(line.split(": ", 1) for line in raw.decode().strip().splitlines())
+    return fields["id"], fields["event"], json.loads(fields["data"])["data"]
+
+
+def test_snapshot_comes_first() -> None:
+    """Whoever is new, or comes from another daemon, or was away for too long, gets everything."""
+    events = Events(lambda: {"instances": ["x"]}, Streams())
+    events.publish("transition", {"id": "a"})
+    for last in ("", "nonsense", "other-1", "other-", "-1"):
+        (first,) = events._missed(last)
+        assert parsed(first)[1:] == ("snapshot", {"instances": ["x"]})
+
+
+def test_resumes_where_it_was_left() -> None:
+    """Last-Event-ID brings what came since, and no more."""
+    events = Events(dict, Streams())
+    for number in range(5):
+        events.publish("transition", {"n": number})
+    seen = parsed(events._kept[2][1])[0]
+    assert [parsed(event)[2]["n"] for event in events._missed(seen)] == [3, 4]
+    assert events._missed(parsed(events._kept[4][1])[0]) == []
+
+
+def test_too_long_away() -> None:
+    """What is not kept any more cannot be sent: a snapshot instead."""
+    events = Events(dict, Streams())
+    events.publish("transition", {"n": 0})
+    first = parsed(events._kept[0][1])[0]
+    for number in range(KEPT + 1):
+        events.publish("transition", {"n": number})
+    assert parsed(events._missed(first)[0])[1] == "snapshot"
+
+
+def test_slow_reader_is_cut_off() -> None:
+    """Its queue is bounded; it gets the end, and the others go on."""
+    import asyncio
+
+    events = Events(dict, Streams())
+    slow: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)
+    events._queues.add(slow)
+    for number in range(QUEUE + 10):
+        events.publish("transition", {"n": number})
+    assert slow not in events._queues
+    assert slow.qsize() == QUEUE
+    held = [slow.get_nowait() for _ in range(QUEUE)]
+    assert held[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("state", "stage"),
+    [(State.STARTING, "launching"), (State.LOADING, "waiting"), (State.READY, "ready"), (State.FAILED, "error")],
+)
+def test_transitions_are_told_in_both_languages(state: State, stage: str) -> None:
+    """Ours, and the launch stages that vllm-studio's clients know; a failure says why."""
+    events = Events(dict, Streams())
+    instance = Instance(spec("a"), since=0.0, state=state, failure=Failure("crash", "it crashed", "look", ("last",)))
+    events.observe("a", Transition(1.0, State.STOPPED, state, "why"), view(instance))
+    (_, ours, told), (_, theirs, progress) = (parsed(event) for _, event in events._kept)
+    assert (ours, told["to"], told["cause"]) == ("transition", str(state), "why")
+    assert ("failure" in told) == (state is State.FAILED)
+    assert (theirs, progress["recipe_id"], progress["stage"]) == ("launch_progress", "a", stage)
+
+
+def test_progress_and_warnings() -> None:
+    """A load shows how far it is; a warning is told."""
+    events = Events(dict, Streams())
+    instance = Instance(spec("a"), since=0.0, state=State.LOADING, progress=0.4, stage="reading the model")
+    events.observe("a", None, view(instance))
+    instance.state, instance.warnings = State.READY, ("no GPU is used",)
+    events.observe("a", None, view(instance))
+    told = [parsed(event)[1:] for _, event in events._kept]
+    assert told[0] == (
+        "launch_progress",
+        {"recipe_id": "a", "stage": "waiting", "progress": 0.4, "message": "reading the model"},
+    )
+    assert told[2] == ("warning", {"id": "a", "warnings": ["no GPU is used"]})

@@ -1,0 +1,229 @@
+"""What becomes of a model that failed: back-off with jitter, a budget of failures, and who clears it."""
+
+import pytest
+
+from llmstudiod.core.errors import BackingOffError, ConflictError, ModelNotFoundError, ShuttingDownError
+from llmstudiod.core.events import StoriesRead, UnitFoundFailed
+from llmstudiod.core.lifecycle import Instance, Restart, State, StopCause, Transition
+from llmstudiod.core.retry import BACK_OFF_S, JITTER, STABLE_S, note_failure
+from tests.unit.scheduler_world import CRASH, LOAD_S, OOM, Place, World, spec, world_of
+
+
+def failing(**changes: object) -> World:
+    """Return a world whose one model never loads."""
+    world = world_of([spec("a", **changes)])
+    world.script("a").failure = OOM
+    return world
+
+
+def fail_once(world: World) -> None:
+    """Let a start be tried as soon as it may, and fail."""
+    world.advance(max(0.0, world.view("a").retry_at - world.now))
+    world.ask("a")
+    world.advance(LOAD_S)
+    assert world.state("a") is State.FAILED
+
+
+def test_jitter_spreads_the_starts() -> None:
+    """Models that failed together do not come back together."""
+    waits = []
+    for chance in (0.0, 0.5, 1.0):
+        instance = Instance(spec("a"), since=0.0)
+        note_failure(instance, 10.0, chance=chance)
+        waits.append(instance.retry_at - 10.0)
+    assert waits == pytest.approx([BACK_OFF_S[0], BACK_OFF_S[0] * (1 + JITTER / 2), BACK_OFF_S[0] * (1 + JITTER)])
+
+
+def test_budget_leaves_it_down() -> None:
+    """Three failures in ten minutes: it is left alone until the first is ten minutes ago, and that is told."""
+    world = failing()
+    began = world.now
+    for _ in range(3):
+        fail_once(world)
+    shown = world.view("a")
+    assert shown.is_exhausted
+    assert shown.retry_at == pytest.approx(began + LOAD_S + 600)
+    error = world.error(world.ask("a"))
+    assert isinstance(error, BackingOffError)
+    assert "failed 3 times within 10m" in error.message
+    assert "llmstudioctl reset a" in (error.hint or "")
+    world.advance(shown.retry_at - world.now)
+    world.script("a").failure = None
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    assert world.place(ticket) is Place.IN_FLIGHT
+
+
+def test_failures_that_are_far_apart_are_no_loop() -> None:
+    """A failure an hour is not three in ten minutes."""
+    world = failing()
+    for _ in range(6):
+        world.advance(3600)
+        fail_once(world)
+        assert not world.view("a").is_exhausted
+
+
+def test_reset_clears_it() -> None:
+    """An administrator has mended it: the next request starts it."""
+    world = failing()
+    for _ in range(3):
+        fail_once(world)
+    assert world.is_done(world.reset("a"))
+    assert (world.state("a"), world.view("a").failures) == (State.STOPPED, 0)
+    world.script("a").failure = None
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    assert world.place(ticket) is Place.IN_FLIGHT
+    assert isinstance(world.error(world.reset("nobody")), ModelNotFoundError)
+
+
+def test_changed_recipe_clears_it() -> None:
+    """Another recipe has not failed yet."""
+    world = failing()
+    for _ in range(3):
+        fail_once(world)
+    world.use(spec("a", recipe_hash="2"))
+    assert not world.view("a").is_exhausted
+    assert world.place(world.ask("a")) is Place.WAITING
+
+
+def test_a_minute_of_success_clears_it() -> None:
+    """Who was ready for a while starts anew; who dies young does not."""
+    world = world_of([spec("a")])
+    for stays_s, expected in ((5.0, 1), (STABLE_S + 1, 1), (5.0, 2), (5.0, 3)):
+        world.load("a")
+        world.advance(LOAD_S + stays_s)
+        world.crash("a")
+        assert world.view("a").failures == expected
+    assert world.view("a").is_exhausted
+
+
+def test_always_comes_back_by_itself() -> None:
+    """A model that shall always be there is started again after the back-off, without a request."""
+    world = world_of([spec("a", restart=Restart.ALWAYS)])
+    world.load("a")
+    world.advance(LOAD_S)
+    world.crash("a")
+    assert world.state("a") is State.FAILED
+    world.advance(BACK_OFF_S[0] * (1 + JITTER) + LOAD_S)
+    assert world.state("a") is State.READY
+
+
+def test_always_obeys_its_budget() -> None:
+    """It is not started for ever."""
+    world = failing(restart=Restart.ALWAYS)
+    world.load("a")
+    world.advance(500)
+    assert len(world.starts) == 3
+
+
+def test_on_request_waits_for_one() -> None:
+    """Nobody asks, so nothing is started."""
+    world = world_of([spec("a")])
+    world.load("a")
+    world.advance(LOAD_S)
+    world.crash("a")
+    world.advance(100)
+    assert len(world.starts) == 1
+
+
+def test_never_stays_down() -> None:
+    """Whoever asks is told so; an operator's load brings it back."""
+    world = world_of([spec("a", restart=Restart.NEVER)])
+    world.load("a")
+    world.advance(LOAD_S)
+    waiting = [world.ask("a") for _ in range(3)]
+    world.crash("a")
+    assert isinstance(world.error(waiting[2]), Exception)
+    world.advance(100_000)
+    error = world.error(world.ask("a"))
+    assert "restart: never" in error.message
+    assert error.retry_after_s is None
+    world.load("a")
+    world.advance(LOAD_S)
+    assert world.state("a") is State.READY
+
+
+def test_no_limit() -> None:
+    """restart_limit 0: the back-off is all."""
+    world = failing(restart_limit=0)
+    for _ in range(20):
+        fail_once(world)
+    assert not world.view("a").is_exhausted
+
+
+def test_cancel_gives_a_load_up() -> None:
+    """Whoever waits is told, the process is stopped, and it is no failure."""
+    world = world_of([spec("a")])
+    waiting = world.ask("a")
+    world.advance(1.5)
+    cancel = world.cancel("a")
+    assert isinstance(world.error(waiting), ShuttingDownError)
+    assert "was cancelled" in world.error(waiting).message
+    world.advance(5)
+    assert world.is_done(cancel)
+    assert (world.state("a"), world.view("a").failures) == (State.STOPPED, 0)
+
+
+def test_cancel_also_gives_a_wait_for_a_place_up() -> None:
+    """A load that has not begun is given up as well."""
+    world = world_of([spec("a"), spec("b")], max_instances=1)
+    busy = world.ask("a")
+    world.advance(LOAD_S)
+    waiting = world.ask("b")
+    assert world.is_done(world.cancel("b"))
+    assert "was cancelled" in world.error(waiting).message
+    assert world.place(busy) is Place.IN_FLIGHT
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_there_is_nothing_to_cancel(is_ready: bool) -> None:
+    """What is ready, or not wanted, is no load."""
+    world = world_of([spec("a")])
+    if is_ready:
+        world.load("a")
+        world.advance(LOAD_S)
+    error = world.error(world.cancel("a"))
+    assert isinstance(error, ConflictError)
+    assert ("ready" if is_ready else "stopped") in error.message
+
+
+def test_hung_server_is_drained_and_started_anew() -> None:
+    """Nothing new goes to it, what it has is cut after a moment, and who waited gets a fresh one."""
+    world = world_of([spec("a")])
+    stuck = world.ask("a")
+    world.advance(LOAD_S)
+    assert world.place(stuck) is Place.IN_FLIGHT
+    world.hang("a")
+    assert world.state("a") is State.DRAINING
+    waiting = world.ask("a")
+    world.advance(6)
+    assert world.stops[-1].is_forced
+    assert world.view("a").stop_cause is not StopCause.UNLOAD
+    world.advance(10)
+    assert world.place(waiting) is Place.IN_FLIGHT
+    shown = world.view("a")
+    assert shown.last_failure is not None
+    assert shown.last_failure[1].kind == "hung"
+    assert shown.failures == 1
+
+
+def test_failure_of_an_earlier_daemon_is_told() -> None:
+    """A model that died while no daemon was there says why, and may be started at once."""
+    world = world_of([spec("a")])
+    world.feed(UnitFoundFailed(world.now, "a", CRASH))
+    assert world.view("a").failure == CRASH
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    assert world.place(ticket) is Place.IN_FLIGHT
+
+
+def test_stories_go_on() -> None:
+    """What an earlier daemon wrote down stands before what has happened since."""
+    world = world_of([spec("a")])
+    world.load("a")
+    old = Transition(1.0, State.STOPPING, State.STOPPED, "no process is left")
+    world.feed(StoriesRead(world.now, {"a": (old,), "gone": (old,)}))
+    story = world.view("a").story
+    assert story[0] == old
+    assert story[1].new is State.STARTING

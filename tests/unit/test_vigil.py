@@ -1,0 +1,118 @@
+"""Whether a server that became ready still answers: never on a missed probe alone, never on a line of its log alone."""
+
+import dataclasses
+
+import pytest
+
+from llmstudiod.core.vigil import Look, Verdict, Vigil, is_alarming
+
+WELL = Look(at=0.0, answers=True, n_in_flight=0, cpu_s=1.0)
+
+
+def verdicts(vigil: Vigil, *looks: Look) -> list[Verdict]:
+    """Return what each look says, ten seconds after the one before."""
+    return [vigil.look(dataclasses.replace(look, at=10.0 * number)) for number, look in enumerate(looks, 1)]
+
+
+def busy(progress: int, *, cpu_s: float = 1.0, n_free: int = 0, answers: bool = True) -> Look:
+    """Return a server with two requests, which are ``progress`` far."""
+    return Look(0.0, answers, 2, slots=((1, 8, progress), (2, 8, progress)), n_free=n_free, cpu_s=cpu_s)
+
+
+def test_idle_server_is_well() -> None:
+    """It answers, and nobody asks for anything."""
+    assert verdicts(Vigil(0.0, patience_s=30), *[WELL] * 10) == [Verdict.WELL] * 10
+
+
+def test_working_server_is_well() -> None:
+    """Its requests get on."""
+    assert verdicts(Vigil(0.0, patience_s=15), *[busy(n) for n in range(10)]) == [Verdict.WELL] * 10
+
+
+def test_missed_probes_of_a_server_that_computes_are_waited_for() -> None:
+    """A burst of connections holds /health back; its process works on, and it comes back."""
+    vigil = Vigil(0.0, patience_s=120)
+    missed = [dataclasses.replace(busy(0, cpu_s=float(n)), answers=False, slots=None) for n in range(2, 8)]
+    assert Verdict.HUNG not in verdicts(vigil, busy(1), *missed, busy(2, cpu_s=20.0))
+
+
+def test_frozen_server_is_noticed() -> None:
+    """Three probes without an answer, and a process that does nothing: stopped by a signal, or a deadlock."""
+    vigil = Vigil(0.0, patience_s=120)
+    frozen = Look(0.0, answers=False, n_in_flight=1, cpu_s=5.0, is_stopped=True)
+    found = verdicts(vigil, dataclasses.replace(WELL, cpu_s=5.0), frozen, frozen, frozen)
+    assert found == [Verdict.WELL, Verdict.WAIT, Verdict.WAIT, Verdict.HUNG]
+    assert "was stopped by a signal" in vigil.reason
+
+
+def test_one_answer_in_between_begins_anew() -> None:
+    """Misses count in a row."""
+    missed = Look(0.0, answers=False, n_in_flight=0, cpu_s=5.0)
+    answered = dataclasses.replace(WELL, cpu_s=5.0)
+    found = verdicts(Vigil(0.0, patience_s=60), answered, missed, missed, answered, missed, missed)
+    assert Verdict.HUNG not in found
+
+
+def test_server_that_spins_is_noticed_in_the_end() -> None:
+    """It uses the CPU, and answers nothing for as long as its patience."""
+    vigil = Vigil(0.0, patience_s=50)
+    spins = [dataclasses.replace(WELL, answers=False, cpu_s=float(n)) for n in range(2, 12)]
+    assert verdicts(vigil, WELL, *spins)[-1] is Verdict.HUNG
+    assert "computes" in vigil.reason
+
+
+def test_requests_that_stand_still_while_a_slot_is_free() -> None:
+    """It says 200, and yet nothing moves: it is asked for one token."""
+    vigil = Vigil(0.0, patience_s=25)
+    found = verdicts(vigil, *[busy(3, n_free=1)] * 5)
+    assert Verdict.ASK in found
+    assert vigil.asked(60.0, has_answered=True, within_s=30) is Verdict.WELL
+    assert vigil.look(dataclasses.replace(busy(3, n_free=1), at=70.0)) is Verdict.WELL
+    assert vigil.asked(99.0, has_answered=False, within_s=30) is Verdict.HUNG
+    assert "one token" in vigil.reason
+
+
+def test_slots_that_stand_still_and_do_nothing() -> None:
+    """All slots are taken, none moves, and the process does nothing: a deadlock in the GPU's driver."""
+    vigil = Vigil(0.0, patience_s=25)
+    assert verdicts(vigil, *[busy(3)] * 5)[-1] is Verdict.HUNG
+    assert "stood still" in vigil.reason
+
+
+def test_slow_prompt_has_more_time() -> None:
+    """One step of a long prompt on a CPU can take minutes; its process computes meanwhile."""
+    vigil = Vigil(0.0, patience_s=25)
+    found = verdicts(vigil, *[busy(3, cpu_s=float(n)) for n in range(12)])
+    assert found == [Verdict.WELL] * 12
+    found = verdicts(vigil, *[busy(3, cpu_s=float(n)) for n in range(12, 40)])
+    assert found[-1] is Verdict.HUNG
+
+
+def test_alarm_asks_and_never_kills() -> None:
+    """A client may have had that line written."""
+    vigil = Vigil(0.0, patience_s=25)
+    assert vigil.look(dataclasses.replace(WELL, is_alarmed=True)) is Verdict.ASK
+    assert vigil.asked(1.0, has_answered=True, within_s=30) is Verdict.WELL
+
+
+def test_server_without_slots_is_judged_by_its_process() -> None:
+    """/slots may be switched off."""
+    looks = [Look(0.0, answers=True, n_in_flight=1, cpu_s=float(n)) for n in range(10)]
+    assert verdicts(Vigil(0.0, patience_s=25), *looks) == [Verdict.WELL] * 10
+    still = [Look(0.0, answers=True, n_in_flight=1, cpu_s=1.0)] * 10
+    assert Verdict.HUNG in verdicts(Vigil(0.0, patience_s=25), *still)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("0.12.000.000 E /src/ggml-cuda.cu:88: CUDA error", True),
+        ("./src/llama-context.cpp:2624: GGML_ASSERT(n_outputs >= 1) failed", True),
+        ("0.12.000.000 I slot print_timing: eval time = 3 ms", False),
+        ("0.12.000.000 W srv stop: cancel task, id_task = 0", False),
+    ],
+)
+def test_alarming_lines(line: str, expected: bool) -> None:
+    """What is reason enough to ask."""
+    assert is_alarming(line) == expected
