@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llmstudiod.core.units import format_bytes, format_duration
+from llmstudiod.core.units import counted, format_bytes, format_duration
 
 _LEAST = 10  # characters of a column
 _COLOURS = {"ready": "32", "failed": "31", "loading": "33", "starting": "33", "draining": "33", "stopping": "33"}
@@ -95,6 +95,8 @@ def event_line(event: dict[str, Any]) -> str | None:
         return f"{at}  {data['id']}: {coloured(data['to'], data['to'])}: {data['cause']}{hint}"
     if "warnings" in data:
         return f"{at}  {data['id']}: {'; '.join(data['warnings'])}"
+    if "models" in data:
+        return f"{at}  recipes and settings were read again ({counted(data['models'], 'model')})"
     if data.get("stage") == "waiting" and data.get("progress"):
         return f"{at}  {data['recipe_id']}: {data['progress']:.0%} {data['message'] or ''}".rstrip()
     return None

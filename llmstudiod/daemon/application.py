@@ -127,7 +127,7 @@ class Application:
         self._ports: list[int] = []
         self._listing = listing
         self._streams = Streams()
-        self._events = Events(lambda: {"instances": self._interface().instances.all()}, self._streams)
+        self._events = Events(lambda: self._interface().live.snapshot(), self._streams)
         self._built: Interface | None = None
         self.proxy = Proxy(
             self.supervisor,
@@ -355,7 +355,7 @@ class Application:
         await asyncio.to_thread(self._write_snapshot)
 
     def _tell_reloaded(self) -> None:
-        self._events.mention("reloaded", {"models": len(self.supervisor.catalogue.entries)})
+        self._events.publish("reloaded", {"models": len(self.supervisor.catalogue.entries)})
 
     def _put_in_force(self, found: Configuration, catalogue: Catalogue | None = None) -> None:
         settings = found.settings.settings

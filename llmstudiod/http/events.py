@@ -1,6 +1,6 @@
 """The event stream: what happens to the models, as server-sent events.
 
-A subscriber first gets a snapshot, or, with ``Last-Event-ID``, what it has missed, as far as that is still known. Each
+A subscriber first gets what it has missed since ``Last-Event-ID``, as far as that is still known, and a snapshot. Each
 has a queue of its own; whoever does not read in time is cut off and may come back, and nobody else notices.
 """
 
@@ -118,9 +118,7 @@ class Events:
 
     async def _copy(self, last: str, response: web.StreamResponse) -> None:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)
-        first = self._missed(last)
-        if last:  # what was only mentioned is not kept
-            first.append(event_bytes("instances", self._snapshot(), None))
+        first = self._first(last)
         self._queues.add(queue)
         self._someone.set()
         try:
@@ -140,11 +138,12 @@ class Events:
             if not self._queues:
                 self._someone.clear()
 
-    def _missed(self, last: str) -> list[bytes]:
+    def _first(self, last: str) -> list[bytes]:
         """Return what a subscriber must get first, who has seen everything up to ``last``."""
+        missed: list[bytes] = []
         boot, _, number = last.rpartition("-")
         if boot == self._boot and number.isascii() and number.isdecimal():
             seen = int(number)
-            if seen == self._number or (self._kept and self._kept[0][0] <= seen + 1 and seen < self._number):
-                return [event for each, event in self._kept if each > seen]
-        return [event_bytes("snapshot", self._snapshot(), f"{self._boot}-{self._number}")]
+            if self._kept and self._kept[0][0] <= seen + 1:
+                missed = [event for each, event in self._kept if each > seen]
+        return [*missed, event_bytes("snapshot", self._snapshot(), f"{self._boot}-{self._number}")]

@@ -73,6 +73,13 @@ class Live:
             if watts:
                 await asyncio.to_thread(self._add_energy, watts * SAMPLE_S / 3600)
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a new reader sees; the first one is told afterwards what differs from it."""
+        items = self._instances.all()
+        if not self._events.n_subscribers:
+            self._told = {item["id"]: _without_clock(item) for item in items}
+        return {"instances": items}
+
     async def _tell_instances(self) -> None:
         shown = {item["id"]: item for item in self._instances.all()}
         changed = [item for model, item in shown.items() if _without_clock(item) != self._told.get(model)]

@@ -116,6 +116,7 @@ function tell(name) {
 }
 
 function takeAll({ instances }) {
+  if (store.instances.size) tell("reloaded");  // who was away may have missed it
   store.instances = new Map(instances.map((item) => [item.id, item]));
   tell("instances");
 }

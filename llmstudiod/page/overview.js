@@ -97,7 +97,7 @@ function onGpus(id) {
 
 const ORDER = ["ready", "loading", "starting", "draining", "stopping", "failed", "stopped"];
 
-const AT_ONCE = 8; // new rows in one go: more would hold the browser up
+const AT_ONCE = 4; // new rows in one go: more would hold the browser up
 
 function cell(attributes, ...children) { return h("td", { role: "cell", ...attributes }, children); }
 

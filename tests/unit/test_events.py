@@ -1,5 +1,6 @@
 """The event stream: a snapshot first, what was missed after a break, and nobody waits for a slow reader."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from llmstudiod.core.lifecycle import Failure, Instance, State, Transition, view
 from llmstudiod.http.events import KEPT, QUEUE, Events
+from llmstudiod.http.live import Live
 from llmstudiod.http.streams import Streams
 from tests.unit.scheduler_world import spec
 
@@ -22,18 +24,21 @@ def test_snapshot_comes_first() -> None:
     events = Events(lambda: {"instances": ["x"]}, Streams())
     events.publish("transition", {"id": "a"})
     for last in ("", "nonsense", "other-1", "other-", "-1"):
-        (first,) = events._missed(last)
+        (first,) = events._first(last)
         assert parsed(first)[1:] == ("snapshot", {"instances": ["x"]})
 
 
 def test_resumes_where_it_was_left() -> None:
-    """Last-Event-ID brings what came since, and no more."""
+    """Last-Event-ID brings what came since, then how everything is now, numbered as the last of them."""
     events = Events(dict, Streams())
     for number in range(5):
         events.publish("transition", {"n": number})
     seen = parsed(events._kept[2][1])[0]
-    assert [parsed(event)[2]["n"] for event in events._missed(seen)] == [3, 4]
-    assert events._missed(parsed(events._kept[4][1])[0]) == []
+    *missed, snapshot = map(parsed, events._first(seen))
+    last = parsed(events._kept[4][1])[0]
+    assert [data["n"] for _, _, data in missed] == [3, 4]
+    assert snapshot == (last, "snapshot", {})
+    assert [parsed(event)[1] for event in events._first(last)] == ["snapshot"]
 
 
 def test_too_long_away() -> None:
@@ -43,13 +48,12 @@ def test_too_long_away() -> None:
     first = parsed(events._kept[0][1])[0]
     for number in range(KEPT + 1):
         events.publish("transition", {"n": number})
-    assert parsed(events._missed(first)[0])[1] == "snapshot"
+    (only,) = events._first(first)
+    assert parsed(only)[1] == "snapshot"
 
 
 def test_slow_reader_is_cut_off() -> None:
     """Its queue is bounded; it gets the end, and the others go on."""
-    import asyncio
-
     events = Events(dict, Streams())
     slow: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)
     events._queues.add(slow)
@@ -89,3 +93,33 @@ def test_progress_and_warnings() -> None:
         {"recipe_id": "a", "stage": "waiting", "progress": 0.4, "message": "reading the model"},
     )
     assert told[2] == ("warning", {"id": "a", "warnings": ["no GPU is used"]})
+
+
+class _Items:
+    """Instances that are as the test says."""
+
+    def __init__(self) -> None:
+        self.busy: set[str] = set()
+
+    def all(self) -> list[dict[str, Any]]:
+        """Return two of them."""
+        moments = dict.fromkeys(("since", "idle_since", "retry_at"))
+        return [{"id": model, "in_flight": int(model in self.busy)} | moments for model in ("a", "b")]
+
+
+async def test_first_reader_is_told_only_what_differs_from_its_snapshot() -> None:
+    """Nothing is sent twice; a second reader's snapshot takes nothing from the first one."""
+    items = _Items()
+    events = Events(lambda: live.snapshot(), Streams())
+    live: Any = Live.__new__(Live)
+    live._events, live._instances, live._told = events, items, {}
+    reader: asyncio.Queue[bytes | None] = asyncio.Queue()
+    events._first("")
+    events._queues.add(reader)
+    await live._tell_instances()
+    assert reader.empty()
+    items.busy = {"b"}
+    events._first("")
+    await live._tell_instances()
+    (told,) = [json.loads((reader.get_nowait() or b"").decode().split("data: ")[1])["data"]]
+    assert [item["id"] for item in told["instances"]] == ["b"]
