@@ -96,7 +96,7 @@ def event_line(event: dict[str, Any]) -> str | None:
     if "warnings" in data:
         return f"{at}  {data['id']}: {'; '.join(data['warnings'])}"
     if "models" in data:
-        return f"{at}  recipes and settings were read again ({counted(data['models'], 'model')})"
+        return f"{at}  settings, recipes or keys have changed ({counted(data['models'], 'model')})"
     if data.get("stage") == "waiting" and data.get("progress"):
         return f"{at}  {data['recipe_id']}: {data['progress']:.0%} {data['message'] or ''}".rstrip()
     return None

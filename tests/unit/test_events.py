@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llmstudiod.core.lifecycle import Failure, Instance, State, Transition, view
+from llmstudiod.ctl.show import event_line
 from llmstudiod.http.events import KEPT, QUEUE, Events
 from llmstudiod.http.live import Live
 from llmstudiod.http.streams import Streams
@@ -123,3 +124,22 @@ async def test_first_reader_is_told_only_what_differs_from_its_snapshot() -> Non
     await live._tell_instances()
     (told,) = [json.loads((reader.get_nowait() or b"").decode().split("data: ")[1])["data"]]
     assert [item["id"] for item in told["instances"]] == ["b"]
+
+
+def test_lines_of_watch() -> None:
+    """A line each for what people want to know; what another event tells too has none."""
+
+    def line(**data: Any) -> str | None:
+        return event_line({"data": data, "timestamp": "2026-11-23T10:20:30.000Z"})
+
+    assert line(instances=[{"id": "a", "state": "ready"}, {"id": "b", "state": "stopped"}]) == "10:20:30  a (ready)"
+    assert line(instances=[]) == "10:20:30  no model is loaded"
+    failed = {"kind": "crash", "message": "it crashed", "hint": "look", "lines": []}
+    told = line(id="a", to="failed", cause="it crashed", failure=failed, **{"from": "ready"})
+    assert told == "10:20:30  a: failed: it crashed (look)"
+    assert line(id="a", warnings=["no GPU is used", "cut"]) == "10:20:30  a: no GPU is used; cut"
+    loading = {"recipe_id": "a", "stage": "waiting", "message": "reading the model"}
+    assert line(progress=0.42, **loading) == "10:20:30  a: 42% reading the model"
+    assert line(progress=None, **loading) is None
+    assert line(models=1) == "10:20:30  settings, recipes or keys have changed (1 model)"
+    assert line(running=False) is None
