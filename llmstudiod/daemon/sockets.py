@@ -103,19 +103,22 @@ def _listen_tcp(address: str) -> socket.socket:
 
 
 def _listen_unix(path: Path) -> socket.socket:
+    """Listen before the path is there: whoever finds it is not refused between ``bind`` and ``listen``."""
     if _is_served(path):
         raise ConfigError(f"another daemon already serves '{path}'", hint="stop it, or set admin_socket")
+    unready = path.with_name(f"~{path.name[1:]}")  # no longer than the path itself
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
+        unready.unlink(missing_ok=True)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
         try:
-            sock.bind(str(path))
+            sock.bind(str(unready))
         finally:
             os.umask(mask)
         sock.setblocking(False)
         sock.listen(BACKLOG)
+        unready.replace(path)
     except OSError as error:
         raise ConfigError(
             f"cannot open the admin socket '{path}': {error.strerror or error}",

@@ -46,7 +46,7 @@ from llmstudiod.core.events import (
     VetPlan,
     WatchUnit,
 )
-from llmstudiod.core.lifecycle import Failure, InstanceView, ModelSpec, State, StopCause, UpstreamFacts
+from llmstudiod.core.lifecycle import Failure, InstanceView, ModelSpec, Restart, State, StopCause, UpstreamFacts
 from llmstudiod.core.scheduler import Scheduler
 
 LOAD_S = 3.0
@@ -163,6 +163,12 @@ class World:
     def hang(self, model: str) -> None:
         """Let a model's process be there and answer nothing any more."""
         self.feed(UnitHung(self.now, model, self.alive[model], HUNG))
+
+    def mend_what_is_tried_for_ever(self) -> None:
+        """Let those that are to be up always load from now on: one that cannot is tried again for ever."""
+        for model, spec in self.specs.items():
+            if spec.restart is Restart.ALWAYS:
+                self.scripts[model] = Script(facts=self.script(model).facts)
 
     def end(self, *numbers: int) -> None:
         """End exchanges, or let clients leave that still wait."""

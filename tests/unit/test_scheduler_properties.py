@@ -153,6 +153,7 @@ def test_laws_hold_and_nobody_is_left_behind(world: World, story: list[tuple[Any
     """
     for operation in story:
         perform(world, operation)
+    world.mend_what_is_tried_for_ever()
     world.settle()
     assert world.waiting() == []
     views = world.scheduler.views()

@@ -105,6 +105,27 @@ def test_stale_admin_socket_is_replaced_and_a_served_one_is_not(tmp_path: Path) 
         sock.close()
 
 
+def test_nobody_finds_an_admin_socket_that_does_not_listen_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for the path is not refused in the moment between bind(2) and listen(2)."""
+    path = tmp_path / "admin.sock"
+    found: list[bool] = []
+
+    class Watched(socket.socket):
+        def listen(self, backlog: int = 0) -> None:
+            found.append(path.exists())
+            super().listen(backlog)
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    handed = sockets.Listeners(http=[socket.socket()])
+    listeners = sockets.open_missing(handed, addresses=[], admin_path=str(path))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    assert found == [False]
+    assert list(tmp_path.iterdir()) == [path]
+    for sock in (*listeners.http, *listeners.admin):
+        sock.close()
+
+
 def test_admin_path_too_long_is_told(tmp_path: Path) -> None:
     """A Unix socket's path has 107 bytes at most; bind(2) only says that it is too long."""
     with pytest.raises(ConfigError, match="AF_UNIX path too long") as caught:
