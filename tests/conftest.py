@@ -1,5 +1,6 @@
-"""What could not be run on this machine, in one line for each reason."""
+"""How properties are tried, and what could not be run on this machine, in one line for each reason."""
 
+import os
 from collections import Counter
 
 import hypothesis
@@ -8,6 +9,9 @@ import pytest
 hypothesis.settings.register_profile(
     "fuzz", max_examples=100_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
+hypothesis.settings.register_profile("steady", derandomize=True, database=None, print_blob=True)
+if os.environ.get("LLMSTUDIO_TEST_REQUIRE_ALL"):  # a failure there is of the change that is tried, not of the dice
+    hypothesis.settings.load_profile("steady")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
