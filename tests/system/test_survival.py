@@ -7,14 +7,18 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from llmstudiod.demo.tiny_gguf import write_tiny_gguf
+
 # Relative: without tests/__init__.py the absolute name differs between pytest and python -m.
 from .chaos_load import Load, Outcome  # noqa: TID252
 from .daemon import MODELS, RECIPES, SERVICE, SOCKETS, Daemon, unit_of, wait_until  # noqa: TID252
+from .failures import TALKATIVE  # noqa: TID252
 
 NAMES = ("ada", "bob", "cyd")
 LAUNCHER = "llmstudio-launcher.service"
@@ -203,15 +207,19 @@ def test_what_died_while_nobody_looked_is_told(three: Daemon) -> None:
     assert three.chat("ada")
 
 
-def test_killed_daemon_is_followed_by_one_that_knows_them_all(three: Daemon) -> None:
+def test_killed_daemon_is_followed_by_one_that_knows_them_all(three: Daemon, tmp_path: Path) -> None:
     """An unchanged model serves on in its process, a changed one is replaced when it is idle, each once."""
+    write_tiny_gguf(tmp_path / "talkative.gguf", TALKATIVE)  # no pause of ours outlasts its reply
+    three.host.put(tmp_path / "talkative.gguf", f"{MODELS}/talkative.gguf")
+    three.put_recipe(recipe("cyd", model_path=f"{MODELS}/talkative.gguf", max_model_len=8192))
+    three.systemctl("reload", SERVICE)
+    wait_until(lambda: three.chat("cyd", max_tokens=1) and three.status("cyd")["n_ctx"] == 8192)
     pids = {name: three.pid(unit_of(name)) for name in NAMES}
     starts = {name: three.starts_of(name) for name in NAMES}
     with three.client() as client:
         stream = client.chat.completions.create(
-            model="cyd", messages=[{"role": "user", "content": "a"}], max_tokens=900, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
+            model="cyd", messages=[{"role": "user", "content": "a"}], max_tokens=6000, stream=True
+        )
         next(iter(stream))
         three.put_recipe(recipe("ada", max_model_len=512))
         three.systemctl("kill", "--signal=KILL", SERVICE)
@@ -222,7 +230,7 @@ def test_killed_daemon_is_followed_by_one_that_knows_them_all(three: Daemon) -> 
     wait_until(lambda: three.pid(unit_of("ada")) != pids["ada"])
     assert three.chat("ada")
     assert three.status("ada")["n_ctx"] == 512
-    assert three.chat("cyd")
+    assert three.chat("cyd", max_tokens=1)
     assert three.pid(unit_of("cyd")) == pids["cyd"]
     assert {name: three.starts_of(name) for name in NAMES} == starts | {"ada": starts["ada"] + 1}
 

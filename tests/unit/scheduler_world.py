@@ -168,7 +168,7 @@ class World:
         """Let those that are to be up always load from now on: one that cannot is tried again for ever."""
         for model, spec in self.specs.items():
             if spec.restart is Restart.ALWAYS:
-                self.scripts[model] = Script(facts=self.script(model).facts)
+                self.scripts[model] = Script(load_s=0.0, facts=self.script(model).facts)  # within any stall time-out
 
     def end(self, *numbers: int) -> None:
         """End exchanges, or let clients leave that still wait."""
@@ -198,8 +198,8 @@ class World:
             self._step()
         self.now = until
 
-    def settle(self, *, max_events: int = 3000) -> None:
-        """End what is in flight and let time pass until nothing is due any more.
+    def settle(self, *, but_for: Timer | None = None, max_events: int = 3000) -> None:
+        """End what is in flight and let time pass until nothing is due any more, but for timers of one kind.
 
         Raises:
             AssertionError: The world does not come to rest.
@@ -207,7 +207,7 @@ class World:
         for _ in range(max_events):
             if in_flight := self.in_flight():
                 self.end(in_flight[0])
-            elif self._due:
+            elif len(self._due) > (self.timers(but_for) if but_for else 0):
                 self._step()
             else:
                 return
