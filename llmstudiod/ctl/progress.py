@@ -20,28 +20,47 @@ def load_progress(client: Client, model: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    is_over = threading.Event()
-    threading.Thread(target=_draw, args=(client, model, is_over), daemon=True).start()
+    line = _Line()
+    threading.Thread(target=_draw, args=(client, model, line), daemon=True).start()
     try:
         yield
     finally:
-        is_over.set()
-        sys.stderr.write(CLEAR)
-        sys.stderr.flush()
+        line.end()
 
 
-def _draw(client: Client, model: str, is_over: threading.Event) -> None:
+class _Line:
+    """The terminal's last line: drawn in one thread, ended for good in another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # without it, a line that is just being drawn comes after the end
+        self._is_over = False
+
+    def draw(self, text: str) -> bool:
+        """Show a text in place of the last one; return whether there is still a line to draw on."""
+        with self._lock:
+            if not self._is_over:
+                sys.stderr.write(CLEAR + text)
+                sys.stderr.flush()
+            return not self._is_over
+
+    def end(self) -> None:
+        """Clear the line, and leave it to others."""
+        with self._lock:
+            self._is_over = True
+            sys.stderr.write(CLEAR)
+            sys.stderr.flush()
+
+
+def _draw(client: Client, model: str, line: _Line) -> None:
     names = {model}
     with contextlib.suppress(LlmstudioError, OSError, ValueError):
         for event in client.events("events"):
-            if is_over.is_set():
-                return
             data = event["data"]
             if not isinstance(data, dict) or data.get("recipe_id") not in names or "stage" not in data:
                 names |= {item["id"] for item in data.get("instances", ()) if model in (item["id"], item["name"])}
                 continue
-            sys.stderr.write(CLEAR + bar_line(data, shutil.get_terminal_size().columns))
-            sys.stderr.flush()
+            if not line.draw(bar_line(data, shutil.get_terminal_size().columns)):
+                return
 
 
 def bar_line(data: dict[str, Any], columns: int) -> str:

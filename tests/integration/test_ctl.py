@@ -1,5 +1,6 @@
 """llmstudioctl as administrators type it, against a daemon with the embedded engine; the basics: `test_daemon.py`."""
 
+import io
 import json
 import os
 import pty
@@ -7,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from llmstudiod.ctl.progress import bar_line
+from llmstudiod.ctl.client import Client
+from llmstudiod.ctl.progress import bar_line, load_progress
 from llmstudiod.demo.tiny_gguf import write_tiny_gguf
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
 
@@ -276,7 +280,39 @@ def test_load_shows_progress_on_a_terminal_alone(daemon: RunningDaemon) -> None:
     with on_terminal(daemon, "load", "tiny") as terminal:
         wait_until(lambda: terminal.has("'tiny' is ready"))
         assert terminal.process.wait(10) == 0
+        assert terminal.has("is ready")  # and what came after it
         assert terminal.text.rstrip().endswith("\x1b[K'tiny' is ready")
+
+
+def test_bar_is_never_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that is being drawn while the load ends is cleared too: what is printed next stands alone."""
+    written: list[str] = []
+    is_drawing = threading.Event()
+
+    class SlowTerminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            if "▕" in text:
+                is_drawing.set()
+                time.sleep(0.2)
+            written.append(text)
+            return len(text)
+
+    class OneModel(Client):
+        def events(self, *parts: str, query: str = "") -> Iterator[dict[str, Any]]:
+            for share in (0.5, 0.6, 0.7):
+                yield {"data": {"recipe_id": "tiny", "stage": "loading", "message": "", "progress": share}}
+
+    monkeypatch.setattr("sys.stderr", SlowTerminal())
+    before = set(threading.enumerate())
+    with load_progress(OneModel("nowhere"), "tiny"):
+        assert is_drawing.wait(10)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert "▕" in written[0]
+    assert "".join(written).endswith("\r\x1b[K")
 
 
 @pytest.mark.parametrize(
