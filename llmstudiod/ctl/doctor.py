@@ -122,7 +122,7 @@ def _binary(status: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("llama-server", FAULT, binary["error"], binary["hint"])
     elif binary["is_embedded"]:
         text = f"the embedded engine is in use ({binary['version']}), which knows no GPU"
-        yield Finding("llama-server", WARNING, text, "install llama-server: `apt install llama.cpp`")
+        yield Finding("llama-server", WARNING, text, "install llama-server: `apt install llama.cpp-tools`")
     else:
         text = f"{' '.join(binary['command'])}, {binary['version']}, from {binary['source']}"
         yield Finding("llama-server", OK, text)

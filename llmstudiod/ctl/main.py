@@ -153,7 +153,9 @@ def _add_recipe_commands(recipe: argparse.ArgumentParser, common: argparse.Argum
     add("delete", recipes.delete, "remove a recipe; the model's file stays").add_argument("model")
     made = add("from-command", recipes.from_command, "make a recipe of a llama-server command")
     made.add_argument("--save", action="store_true", help="store it (default: print it)")
-    made.add_argument("words", nargs="*", metavar="WORD", help="the command, after -- (default: standard input)")
+    made.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="WORD", help="the command with its options (default: standard input)"
+    )
 
 
 def _print_json(value: object) -> int:

@@ -63,7 +63,7 @@ def delete(client: Client, arguments: argparse.Namespace) -> int:
 
 def from_command(client: Client, arguments: argparse.Namespace) -> int:
     """Print the recipe that does what a llama-server command does, or store it."""
-    words = arguments.words
+    words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     command = shlex.join(words) if len(words) > 1 else words[0] if words else sys.stdin.read()
     made = client.post("recipes", "from-command", body={"command": command})
     for note in made["notes"]:

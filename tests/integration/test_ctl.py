@@ -195,6 +195,7 @@ def test_command_becomes_a_recipe(daemon: RunningDaemon) -> None:
     assert "max_model_len: 512" in printed.stdout
     assert "top-k: 20" in printed.stdout
     assert "note: --port is left out" in printed.stderr
+    assert daemon.ctl("recipe", "from-command", *command.split()).stdout == printed.stdout
     saved = daemon.ctl(
         "recipe", "from-command", "--save", "--", *command.replace("tiny.gguf", "tiny.gguf --alias mine").split()
     )
