@@ -14,6 +14,7 @@ from llmstudiod.core.recipe import MAX_FILE_BYTES, Fault
 
 MAX_NODES = 20_000
 MAX_DEPTH = 20
+_TOO_MUCH = f"expected at most {MAX_NODES} values and {MAX_DEPTH} levels, found more"
 
 _TAG = "tag:yaml.org,2002:"
 _TEXTS = frozenset({_TAG + "str", _TAG + "timestamp", _TAG + "value"})  # nobody means a date
@@ -122,13 +123,15 @@ def _check_shape(text: str) -> None:
 
 
 def _too_much(place: yaml.Node | yaml.Event) -> _FaultyDocumentError:
-    return _FaultyDocumentError(f"expected at most {MAX_NODES} values and {MAX_DEPTH} levels, found more", place)
+    return _FaultyDocumentError(_TOO_MUCH, place)
 
 
 def _syntax_fault(error: yaml.MarkedYAMLError, text: str, file: str) -> Fault:
     mark = error.problem_mark or error.context_mark
     line, rest = (mark.line + 1, text[mark.index :]) if mark else (None, text)
     problem = error.problem or error.context or "it cannot be read"
+    if problem == "exceeded maximum nesting depth":  # libyaml 0.2.6 and newer count before we can
+        return Fault(_TOO_MUCH, file, line)
     hint = _SYNTAX_HINTS.get(problem, "see this line and the one before it")
     if problem == "but found another document":
         problem, hint = "expected one document, found a second", "write several recipes as a list (- id: …)"
