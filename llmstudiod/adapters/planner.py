@@ -325,7 +325,7 @@ def _messages(output: Sequence[str]) -> list[str]:
         try:
             logged = json.loads(line)
             text, is_error = str(logged["msg"]), logged["level"] == "error"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             text, is_error = line, True
         messages += text.splitlines() if is_error else []
     return messages

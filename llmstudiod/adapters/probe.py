@@ -39,7 +39,7 @@ async def wait_ready(socket_path: str, *, alias: str | None) -> UpstreamFacts | 
         found = str(props.get("model_alias", alias))
         settings = props.get("default_generation_settings", {})
         facts = UpstreamFacts(n_parallel=int(props.get("total_slots", 1)), n_ctx=int(settings.get("n_ctx", 0)))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, RecursionError, TypeError, AttributeError):
         return NotOurs("somebody who does not speak llama-server's language")
     return facts if alias in {None, found} else NotOurs(found)
 
@@ -93,7 +93,7 @@ async def slots(socket_path: str) -> SlotsSeen | None:
             (_number(slot, "id_task"), _number(slot, "n_prompt_tokens_processed"), _decoded(slot)) for slot in told
         )
         return SlotsSeen(progress, sum(not slot.get("is_processing") for slot in told))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, RecursionError, TypeError, AttributeError):
         return None
 
 
@@ -102,7 +102,7 @@ async def slot_table(socket_path: str) -> list[dict[str, Any]] | None:
     status, body = await get(socket_path, "/slots")
     try:
         told = json.loads(body) if status == 200 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(told, list) or not all(isinstance(slot, dict) for slot in told):
         return None

@@ -43,7 +43,7 @@ class Key:
 
 def hash_of(secret: str) -> str:
     """Return what is kept of a secret."""
-    return "sha256:" + hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+    return "sha256:" + hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def holder(keys: Sequence[Key], secret: str) -> Key | None:
@@ -77,8 +77,14 @@ def parse_keys(text: str) -> tuple[Key, ...]:
 
 
 def write_keys(keys: Iterable[Key]) -> str:
-    """Return the text of a keys file."""
-    return json.dumps([asdict(key) for key in keys], indent=1) + "\n"
+    """Return the text of a keys file.
+
+    Raises:
+        ConfigError: It would be refused when it is read, and nobody let in then.
+    """
+    text = json.dumps([asdict(key) for key in keys], indent=1) + "\n"
+    parse_keys(text)
+    return text
 
 
 _HINT = "write it with `llmstudioctl key`"

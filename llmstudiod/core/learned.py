@@ -76,7 +76,7 @@ def told_by_breakdown(line: str, *, output: int) -> Told | None:
     try:
         rows = json.loads(line)["data"]["rows"]
         kv, compute = (sum(int(row[name]) for row in rows) for name in ("context", "compute"))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return None
     return Told(kv * MIB, compute * MIB + output, MIB, len(rows))
 

@@ -241,7 +241,7 @@ def _error_text(line: str) -> str | None:
     if line.startswith('{"type":'):  # --log-jsonl
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return line
         return str(entry.get("msg", "")).rstrip() if entry.get("level") == "error" else None
     prefix = _PREFIX.match(line)

@@ -58,7 +58,7 @@ def _last_object(name: re.Pattern[bytes], tail: bytes) -> dict[str, Any] | None:
         return None
     try:
         value, _ = _DECODER.raw_decode(tail[found.end() :].decode("utf-8", "replace"))
-    except ValueError:  # cut off, or split between two chunks
+    except (ValueError, RecursionError):  # cut off, or split between two chunks; or nested without end
         return None
     return value if isinstance(value, dict) else None
 

@@ -9,11 +9,8 @@ from aiohttp import web
 
 from llmstudiod.adapters.key_file import new_secret
 from llmstudiod.core.errors import BadRequestError, NotFoundError
-from llmstudiod.core.keys import NAME, Key, hash_of
-from llmstudiod.core.units import parse_duration_s
+from llmstudiod.core.keys import MAX_KEYS, Key, hash_of
 from llmstudiod.http.answers import json_response
-
-MAX_BODY = 64 << 10
 
 
 class AdminKeys:
@@ -51,9 +48,19 @@ class AdminKeys:
         return json_response({"keys": [{**_shown(key), "last_used": used.get(key.name)} for key in keys]})
 
     async def _add(self, request: web.Request) -> web.Response:
-        raw = await _object(request)
-        secret = new_secret()
-        key = _key(raw, hash_of(secret))
+        from llmstudiod.http.questions import NewKey, parsed  # slow to import: nobody waits for it at a start
+
+        wanted = await parsed(NewKey, request)
+        secret, now, valid_s = new_secret(), time.time(), wanted.valid_s()
+        key = Key(
+            wanted.name,
+            hash_of(secret),
+            admin=wanted.admin,
+            metrics=wanted.metrics,
+            models=tuple(wanted.models or ()),
+            created=now,
+            expires=now + valid_s if valid_s else 0.0,  # 0, never and off: for ever, as elsewhere
+        )
         async with self._lock:
             warnings = await self._put_new(key)
         return json_response({**_shown(key), "secret": secret, "warnings": warnings}, status=201)
@@ -62,6 +69,8 @@ class AdminKeys:
         if any(other.name == key.name for other in self._keys()):
             hint = f"`llmstudioctl key revoke {key.name}` takes it away"
             raise BadRequestError(f"name: there is a key '{key.name}' already", hint=hint)
+        if len(self._keys()) >= MAX_KEYS:
+            raise BadRequestError(f"there are {MAX_KEYS} keys, which is the most", hint="revoke one that is not used")
         warnings = [f"there is no model '{name}' now" for name in sorted(set(key.models) - self._model_names())]
         if not self._keys():
             warnings.append("it is the first key: from now on every request to the endpoint needs one")
@@ -89,36 +98,3 @@ def _shown(key: Key) -> dict[str, Any]:
         "created": key.created,
         "expires": key.expires or None,
     }
-
-
-async def _object(request: web.Request) -> dict[str, Any]:
-    try:
-        raw = await request.json()
-    except ValueError:
-        raw = None
-    if not isinstance(raw, dict):
-        raise BadRequestError('expected a JSON object, such as {"name": "laptop"}')
-    return raw
-
-
-def _key(raw: dict[str, Any], hashed: str) -> Key:
-    known = {"name", "admin", "metrics", "models", "expires"}
-    if unknown := sorted(raw.keys() - known):
-        raise BadRequestError(f"there is no field '{unknown[0][:40]}'; there are {', '.join(sorted(known))}")
-    name, models, expires = raw.get("name"), raw.get("models"), raw.get("expires")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise BadRequestError("name: expected letters, digits and ._@-, 63 at most, beginning with a letter or digit")
-    for right in ("admin", "metrics"):
-        if not isinstance(raw.get(right, False), bool):
-            raise BadRequestError(f"{right}: expected true or false")
-    is_list = isinstance(models, list) and models and all(isinstance(model, str) and model for model in models)
-    if models is not None and not is_list:
-        raise BadRequestError("models: expected a list of at least one name, or nothing for all models")
-    now = time.time()
-    try:
-        valid_s = 0.0 if expires is None else parse_duration_s(expires)
-    except (ValueError, TypeError) as error:
-        raise BadRequestError(f"expires: {error}") from None
-    rights = {right: bool(raw.get(right, False)) for right in ("admin", "metrics")}
-    until = now + valid_s if valid_s else 0.0  # 0, never and off: for ever, as elsewhere
-    return Key(name, hashed, models=tuple(models or ()), created=now, expires=until, **rights)

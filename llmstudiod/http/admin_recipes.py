@@ -5,7 +5,6 @@ come as YAML, which is stored as it is, comments and all.
 """
 
 import asyncio
-import json
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -30,11 +29,13 @@ from llmstudiod.http.admin_answers import (
 )
 from llmstudiod.http.admin_gpus import preview_answer
 from llmstudiod.http.answers import json_response
+from llmstudiod.http.json_body import json_object
 from llmstudiod.http.query import truth
 from llmstudiod.supervisor import Supervisor
 
 YAML_KINDS = frozenset({"application/yaml", "application/x-yaml", "text/yaml"})
 MAX_BYTES = 1 << 20
+_AS_YAML = "a recipe is a JSON object, or YAML with Content-Type application/yaml"
 
 
 class AdminRecipes:
@@ -186,12 +187,7 @@ class AdminRecipes:
             raise BadRequestError(f"expected a recipe of at most {MAX_BYTES} bytes, found {len(body)}")
         if request.content_type in YAML_KINDS:
             return body, f"{model or 'recipe'}.yaml"
-        try:
-            values = json.loads(body)
-        except ValueError as error:
-            raise BadRequestError(f"not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise BadRequestError("expected a recipe as a JSON object, or as YAML with Content-Type application/yaml")
+        values = json_object(body, hint=_AS_YAML)
         return _text_of(values, model).encode(), f"{model or values.get('id') or 'recipe'}.yaml"
 
 

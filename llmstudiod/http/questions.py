@@ -7,12 +7,18 @@ import json
 from typing import Literal, TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llmstudiod.core.errors import BadRequestError
+from llmstudiod.core.keys import MAX_KEYS, NAME
 from llmstudiod.core.recipe import CacheType
+from llmstudiod.core.units import parse_duration_s
+from llmstudiod.http.json_body import json_object
 
 M = TypeVar("M", bound=BaseModel)
+DAY_S = 86400.0
+MAX_VALID_S = 36500 * DAY_S
+"""For how long a key may count that has an end: what the keys file takes is far more."""
 
 
 async def parsed(kind: type[M], request: web.Request) -> M:
@@ -21,20 +27,29 @@ async def parsed(kind: type[M], request: web.Request) -> M:
     Raises:
         BadRequestError: It is none; the message names each field, what was found and what was expected.
     """
-    try:
-        values = json.loads(await request.read() or b"{}")
-    except ValueError as error:
-        raise BadRequestError(f"not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise BadRequestError(f"expected a JSON object, found {type(values).__name__}")
+    return validated(kind, await request.read() or b"{}")
+
+
+def validated(kind: type[M], raw: bytes | bytearray) -> M:
+    """Return JSON as a ``kind``.
+
+    Raises:
+        BadRequestError: It is none.
+    """
+    values = json_object(raw)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         told = [
-            f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}, found {json.dumps(item['input'])[:60]}"
+            f"{'.'.join(map(str, item['loc'])) or 'body'}: {_said(item['msg'])}, found {json.dumps(item['input'])[:60]}"
             for item in error.errors(include_url=False, include_context=False)[:5]
         ]
         raise BadRequestError("; ".join(told)) from None
+
+
+def _said(message: str) -> str:
+    """Return the words of a check of ours without pydantic's before them."""
+    return message.removeprefix("Value error, ")
 
 
 class Question(BaseModel):
@@ -62,11 +77,31 @@ class VramQuestion(Question):
 class NewKey(Question):
     """An API key that is to be made."""
 
-    name: str
+    name: str = Field(pattern=f"^{NAME.pattern}$")
     admin: bool = False
     metrics: bool = False
-    models: list[str] | None = None
-    expires: str | None = None
+    models: list[str] | None = Field(None, min_length=1, max_length=MAX_KEYS, description="nothing: all of them")
+    expires: str | int | float | None = Field(None, description="a duration, or never")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names_some(cls, value: object) -> object:
+        """Nothing means all models, so an empty list must not."""
+        is_list = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
+        if value is not None and not is_list:
+            raise ValueError("expected a list of at least one name, or nothing for all models")
+        return value
+
+    @field_validator("expires")
+    @classmethod
+    def _is_duration(cls, value: str | float | None) -> str | float | None:
+        if value is not None and parse_duration_s(value) > MAX_VALID_S:
+            raise ValueError(f"expected {MAX_VALID_S / DAY_S:.0f}d at most, or never")
+        return value
+
+    def valid_s(self) -> float:
+        """Return for how many seconds it counts; 0: for ever."""
+        return 0.0 if self.expires is None else parse_duration_s(self.expires)
 
 
 class CommandLine(Question):

@@ -5,13 +5,12 @@ of this machine, and any page that a browser here shows, reaches the port.
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from typing import cast
 
 from aiohttp import web
 
-from llmstudiod.core.errors import AccessDeniedError, AuthenticationError, BadRequestError, LlmstudioError
+from llmstudiod.core.errors import AccessDeniedError, AuthenticationError, LlmstudioError
 from llmstudiod.core.keys import Key
 from llmstudiod.http.access import Access, session_tokens
 from llmstudiod.http.admin_answers import error_answer
@@ -79,19 +78,15 @@ class TcpAdmin:
 
     async def _proof(self, request: web.BaseRequest) -> str:
         """Return the hash of the admin key that a request shows, or nothing where it is a code."""
-        body = await read_body(request, limit=MAX_BODY)
-        try:
-            told = json.loads(body or b"")
-        except ValueError:
-            told = None
-        if not isinstance(told, dict) or not isinstance(told.get("code") or told.get("key"), str):
-            raise BadRequestError('expected {"code": "…"} or {"key": "…"}')
-        if told.get("code"):
-            if not self._sessions.redeem(str(told["code"])):
+        from llmstudiod.http.questions import Proof, validated  # slow to import: nobody waits for it at a start
+
+        proof = validated(Proof, await read_body(request, limit=MAX_BODY) or b"")
+        if proof.code:
+            if not self._sessions.redeem(proof.code):
                 hint = "`llmstudioctl web` prints a new one; each can be used once, within ten minutes"
                 raise AuthenticationError("the code is not valid any more", hint=hint)
             return ""
-        key = self._admin_key(str(told["key"]))
+        key = self._admin_key(proof.key) if proof.key else None
         if key is None:
             raise AuthenticationError("that is no key with the admin right", hint=_HINT)
         return key.hash

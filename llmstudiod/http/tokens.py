@@ -64,14 +64,14 @@ class _Upstream:
 
     async def post(self, path: str, value: dict[str, Any], name: str, kind: type[Found]) -> Found:
         """Return the field ``name`` of the answer."""
+        data = await _off_loop(self._size, _encode, value)
         try:
-            data = await _off_loop(self._size, _encode, value)
             async with self._session.post(f"http://localhost{path}", data=data, headers=_JSON) as response:
                 answered = await response.read()
                 found = await _off_loop(len(answered), json.loads, answered or b"null")
                 if response.status >= 400:
                     raise BadRequestError(f"llama-server refuses the request: {_message(found)}")
-        except (ClientError, ValueError, TimeoutError) as error:
+        except (ClientError, ValueError, RecursionError, TimeoutError) as error:
             raise UpstreamCrashedError(f"the model's server does not answer: {error}") from error
         value_found = found.get(name) if isinstance(found, dict) else None
         if not isinstance(value_found, kind):
@@ -94,7 +94,10 @@ class _Upstream:
 
 
 def _encode(value: dict[str, Any]) -> bytes:
-    return json.dumps(value).encode()
+    try:
+        return json.dumps(value).encode()
+    except RecursionError as error:  # what could just be read may be too deep to be written
+        raise BadRequestError(f"the body is not valid JSON: {error}") from None
 
 
 def _message(found: Any) -> str:  # noqa: ANN401 - JSON holds anything

@@ -101,7 +101,7 @@ class Journal:
     def _take(self, raw: bytes) -> None:
         try:
             entry: dict[str, Any] = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         cursor = entry.get("__CURSOR")
         if not isinstance(cursor, str) or (self._may_repeat and cursor in self._known):

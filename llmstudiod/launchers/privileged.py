@@ -150,7 +150,7 @@ class PrivilegedClient:
             if not line.endswith(b"\n"):
                 raise ConnectionResetError("it ended before it had answered")
             answer: dict[str, Any] = json.loads(line)
-        except (OSError, TimeoutError, ValueError) as error:
+        except (OSError, TimeoutError, ValueError, RecursionError) as error:
             raise LauncherError(
                 f"llmstudio-launcher does not answer at {self._socket_path}: {str(error) or 'it took too long'}",
                 hint="systemctl start llmstudio-launcher.socket; `journalctl -u llmstudio-launcher` tells more",

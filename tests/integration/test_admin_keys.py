@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from llmstudiod.core.errors import BadRequestError, NotFoundError
-from llmstudiod.core.keys import Key, holder
+from llmstudiod.core.keys import Key, hash_of, holder
 from llmstudiod.http.admin_keys import AdminKeys
 
 
@@ -91,3 +91,32 @@ async def test_key_may_be_for_ever(client: aiohttp.ClientSession, keys: Keys, ex
     """By the words that mean it elsewhere too."""
     await client.post("/keys", json={"name": "a", "expires": expires})
     assert bool(keys.keys[0].expires) == ends
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"expires": "999999999d"}, "expires: expected 36500d at most"),
+        ({"expires": "soon"}, "expires: expected a duration"),
+        ({"expires": True}, "expires"),
+        ({"models": [f"m{n}" for n in range(1001)]}, "models"),
+        ({"admin": 1}, "admin"),
+        ({"rights": "all"}, "rights"),
+        ({"name": "not a name"}, "name"),
+    ],
+)
+async def test_key_that_could_not_be_read_is_not_made(
+    client: aiohttp.ClientSession, keys: Keys, more: dict[str, Any], says: str
+) -> None:
+    """It would shut everybody out; the answer names the field."""
+    answer = await client.post("/keys", json={"name": "a"} | more)
+    assert (answer.status, says in (await answer.json())["detail"]) == (400, True), await answer.json()
+    assert keys.keys == ()
+
+
+async def test_there_are_a_thousand_keys_at_most(client: aiohttp.ClientSession, keys: Keys) -> None:
+    """The next one is refused, and the others count on."""
+    keys.keys = tuple(Key(f"k{n}", hash_of(str(n))) for n in range(1000))
+    answer = await client.post("/keys", json={"name": "a"})
+    assert (answer.status, "1000 keys" in (await answer.json())["detail"]) == (400, True)
+    assert len(keys.keys) == 1000

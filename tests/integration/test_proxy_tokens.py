@@ -154,3 +154,24 @@ async def test_model_that_dies(house: House) -> None:
     house.tiny.script = script
     reply = await house.post({"model": "tiny", "prompt": "x"}, "/v1/tokenize")
     assert (reply.status, reply.error["kind"]) == (502, "upstream_crashed")
+
+
+@pytest.mark.parametrize("depth", [900, *range(950, 1000)])
+async def test_deep_nesting_is_answered(house: House, depth: int) -> None:
+    """Also where it could just be read, and is too deep to be written again."""
+
+    async def script(call: Call) -> None:
+        await call.send(answer(b'{"content": ""}'))
+
+    house.tiny.script = script
+    nested = b"[" * depth + b"]" * depth
+    for body in (b'{"model":"tiny","tokens":%s}' % nested, b'{"model":%s}' % nested):
+        reply = await house.post(body, "/v1/detokenize")
+        assert reply.status in {200, 400}, reply.body
+
+
+async def test_answer_that_is_nested_without_end_is_told(house: House) -> None:
+    """A model's server may be broken in any way."""
+    house.tiny.script = llama_server({"/tokenize": b'{"tokens":' + b"[" * 100_000})
+    reply = await house.post({"model": "tiny", "prompt": "a"}, "/v1/tokenize")
+    assert (reply.status, reply.error["kind"]) == (502, "upstream_crashed")

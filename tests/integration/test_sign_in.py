@@ -52,7 +52,7 @@ def ask(
     """Send one request to the endpoint's port."""
     connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=20)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    content = None if body is None else json.dumps(body)
+    content = body if body is None or isinstance(body, bytes) else json.dumps(body)
     try:
         connection.request(method, path, content, {"Host": f"{host}:{daemon.port}", **named})
         response = connection.getresponse()
@@ -197,6 +197,27 @@ def test_wrong_proofs(daemon: RunningDaemon, body: object) -> None:
     assert answer.status in {400, 401}
     assert answer.json["detail"]
     assert "Set-Cookie" not in answer.headers
+
+
+BAD_JSON = {
+    "deep": b"[" * 4000,
+    "deep object": b'{"code": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "surrogate code": b'{"code": "\\ud800"}',
+    "surrogate key": b'{"key": "\\ud800"}',
+    "integer": b'{"code": ' + b"9" * 5000 + b"}",
+    "no UTF-8": b'{"code": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON)
+@pytest.mark.parametrize(
+    "path", ["/sign-in", "/recipes", "/recipes/check", "/recipes/from-command", "/vram-calculator", "/keys"]
+)
+def test_bad_json_is_the_clients_fault(daemon: RunningDaemon, path: str, body: bytes) -> None:
+    """Whoever sends it, and however deep it is."""
+    answer = ask(daemon, "POST", path, body, Cookie=sign_in(daemon))
+    assert (answer.status, answer.json["kind"]) == (400, "bad_request"), answer.body
+    assert "Traceback" not in daemon.log()
 
 
 def test_code_is_made_at_the_machine_alone(daemon: RunningDaemon) -> None:

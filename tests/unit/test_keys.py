@@ -110,3 +110,26 @@ def test_key_may_be_for_some_models_and_some_time() -> None:
     assert not key.is_expired(99.9)
     assert key.is_expired(100.0)
     assert not Key("a", HASH).is_expired(1e11)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (Key("a", HASH, expires=1e14),),
+        (Key("a", HASH, models=("m",) * 1001),),
+        tuple(Key(f"k{n}", hash_of(str(n))) for n in range(1001)),
+        (Key("a", HASH), Key("a", hash_of("b"))),
+        (Key("not a name", HASH),),
+    ],
+    ids=["far end", "models", "keys", "two of one name", "name"],
+)
+def test_what_could_not_be_read_is_not_written(keys: tuple[Key, ...]) -> None:
+    """A file that is refused lets nobody in."""
+    with pytest.raises(ConfigError):
+        write_keys(keys)
+
+
+def test_secret_may_hold_anything() -> None:
+    """Half of a surrogate pair comes from JSON, or stands for a byte of a header that is no UTF-8."""
+    for secret in ("\ud800", "\udcff"):
+        assert holder((Key("a", HASH),), secret) is None
