@@ -1,6 +1,7 @@
 """The models' logs in the admin interface. They are the journal's, which is not ours to delete."""
 
 import contextlib
+import sys
 import time
 
 from aiohttp import web
@@ -10,7 +11,7 @@ from llmstudiod.core.lifecycle import State
 from llmstudiod.http.admin_answers import OLD_WORDS
 from llmstudiod.http.answers import json_response
 from llmstudiod.http.query import whole_number
-from llmstudiod.http.streams import Streams, begin, event_bytes
+from llmstudiod.http.streams import Streams, Write, event_bytes
 from llmstudiod.launchers.base import Launcher
 from llmstudiod.supervisor import Supervisor
 
@@ -80,18 +81,17 @@ class AdminLogs:
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         """Send the last lines, then every new one, until the reader goes; a slow one loses lines, nobody waits."""
         model, limit = self._model(request), _limit(request, 50)
-        response = await begin(request)
-        await self._streams.run(self._copy(model, limit, response))
-        return response
+        return await self._streams.answer(request, lambda write: self._copy(model, limit, write))
 
-    async def _copy(self, model: str, limit: int, response: web.StreamResponse) -> None:
+    async def _copy(self, model: str, limit: int, write: Write) -> None:
         async with contextlib.aclosing(self._launcher.follow(model, limit=limit)) as lines:  # type: ignore[type-var]
             async for line in lines:
-                await response.write(event_bytes("log", {"line": line}))
+                await write(event_bytes("log", {"line": line}))
 
     def _model(self, request: web.Request) -> str:
         return self._supervisor.catalogue.resolve(request.match_info["id"])
 
 
 def _limit(request: web.Request, default: int) -> int:
-    return whole_number(request, "limit", default=default, least=0, most=MAX_LINES)
+    """Return how many lines are asked for; more than there may be are as many as there may be, as ever."""
+    return min(MAX_LINES, whole_number(request, "limit", default=default, least=0, most=sys.maxsize))

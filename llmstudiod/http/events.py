@@ -5,6 +5,7 @@ has a queue of its own; whoever does not read in time is cut off and may come ba
 """
 
 import asyncio
+import re
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from aiohttp import web
 
 from llmstudiod.core.lifecycle import InstanceView, State, Transition
 from llmstudiod.http.answers import json_response
-from llmstudiod.http.streams import Streams, begin, event_bytes
+from llmstudiod.http.streams import Streams, Write, event_bytes
 
 KEPT = 1000
 QUEUE = 500
 PING_S = 15.0
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _STAGES = {
     State.STARTING: "launching",
     State.LOADING: "waiting",
@@ -108,22 +110,21 @@ class Events:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Send events until the subscriber goes."""
-        response = await begin(request)
-        await self._streams.run(self._copy(request.headers.get("Last-Event-ID", ""), response))
-        return response
+        last = request.headers.get("Last-Event-ID", "")
+        return await self._streams.answer(request, lambda write: self._copy(last, write))
 
     async def stats(self, _: web.Request) -> web.Response:
         """Answer how many read along, in vllm-studio's words."""
         return json_response({"total_events_published": self._n_published, "channels": {"default": len(self._queues)}})
 
-    async def _copy(self, last: str, response: web.StreamResponse) -> None:
+    async def _copy(self, last: str, write: Write) -> None:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)
         first = self._first(last)
         self._queues.add(queue)
         self._someone.set()
         try:
             for event in first:
-                await response.write(event)
+                await write(event)
             while True:
                 try:
                     async with asyncio.timeout(PING_S):
@@ -132,7 +133,7 @@ class Events:
                     next_event = b": still here\n\n"
                 if next_event is None:
                     return
-                await response.write(next_event)
+                await write(next_event)
         finally:
             self._queues.discard(queue)
             if not self._queues:
@@ -142,7 +143,7 @@ class Events:
         """Return what a subscriber must get first, who has seen everything up to ``last``."""
         missed: list[bytes] = []
         boot, _, number = last.rpartition("-")
-        if boot == self._boot and number.isascii() and number.isdecimal():
+        if boot == self._boot and _NUMBER.fullmatch(number):
             seen = int(number)
             if self._kept and self._kept[0][0] <= seen + 1:
                 missed = [event for each, event in self._kept if each > seen]

@@ -15,7 +15,7 @@ from llmstudiod.core.recipe import Fault
 from llmstudiod.http.admin_gpus import AdminGpus
 from llmstudiod.http.answers import json_response
 from llmstudiod.http.figures import Figures
-from llmstudiod.http.streams import Streams, begin, event_bytes
+from llmstudiod.http.streams import Streams, Write, event_bytes
 from llmstudiod.launchers.base import Launcher
 from llmstudiod.supervisor import Supervisor
 
@@ -89,18 +89,16 @@ class Instances:
     async def _live(self, request: web.Request) -> web.StreamResponse:
         """Send what the slots do, and the last hour, whenever they change."""
         model = self._supervisor.catalogue.resolve(request.match_info["id"])
-        response = await begin(request)
-        await self._streams.run(self._tell_live(model, response))
-        return response
+        return await self._streams.answer(request, lambda write: self._tell_live(model, write))
 
-    async def _tell_live(self, model: str, response: web.StreamResponse) -> None:
+    async def _tell_live(self, model: str, write: Write) -> None:
         told: dict[str, object] = {}
         while True:
             now = {"slots": await self._slot_table(model), "history": self._figures.history(model)}
             for name, value in now.items():
                 if told.get(name) != value:
                     told[name] = value
-                    await response.write(event_bytes(name, value))
+                    await write(event_bytes(name, value))
             await asyncio.sleep(LIVE_S)
 
     async def whole(self, shown: InstanceView) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from llmstudiod.http.answers import error_headers, json_response
 from llmstudiod.http.client import ClientConnection, read_body
 from llmstudiod.http.page import asset_name, page_response
 from llmstudiod.http.sessions import COOKIE, SESSION_S, Sessions
+from llmstudiod.http.streams import STILL_COUNTS
 
 SIGN_IN, SIGN_OUT = "/sign-in", "/sign-out"
 METRICS = "/metrics"
@@ -96,18 +97,30 @@ class TcpAdmin:
         key = _connection(request).key
         if not isinstance(request, web.Request) or not await self._has_route(request):
             return None
-        may = key is not None and (key.admin or (path == METRICS and key.metrics))
-        if not may:
+        if not _may(key, path):
             error: LlmstudioError = AuthenticationError("the admin interface needs you to sign in", hint=_HINT)
             if key is not None:
                 error = AccessDeniedError(f"the API key '{key.name}' has no admin right", hint=_HINT)
             return json_response(error_answer(error), status=error.status, headers=error_headers(error))
+        request[STILL_COUNTS] = lambda: self._still_counts(request, path)
         response = await self._handle(request)
         if isinstance(response, web.Response):
             response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
             response.headers["X-Content-Type-Options"] = "nosniff"
             response.headers["Cache-Control"] = "no-store"
         return response
+
+    def _still_counts(self, request: web.Request, path: str) -> bool:
+        """Whether a request would be let in if it came now."""
+        address = _connection(request).local_address
+        try:
+            return _may(self._access.check(request.headers, local_address=address, is_safe=True), path)
+        except LlmstudioError:
+            return False
+
+
+def _may(key: Key | None, path: str) -> bool:
+    return key is not None and (key.admin or (path == METRICS and key.metrics))
 
 
 def _connection(request: web.BaseRequest) -> ClientConnection:

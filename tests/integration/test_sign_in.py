@@ -1,8 +1,8 @@
 """The admin interface and the page on the endpoint's port: who gets in, and how."""
 
-import asyncio
 import http.client
 import json
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -347,18 +347,67 @@ def test_open_streams_do_not_hold_the_daemon_up(tmp_path: Path) -> None:
             connection.close()
 
 
-def test_slow_reader_over_tcp_harms_nobody(daemon: RunningDaemon) -> None:
-    """One that does not read is cut off in the end; another one goes on."""
-    cookie = sign_in(daemon)
+def test_stream_ends_with_what_opened_it(daemon: RunningDaemon) -> None:
+    """A key that is revoked or expires, and a session that is signed out of, in whichever way; the others go on."""
+    keys = {name: daemon.admin.post("keys", body=BOSS | {"name": name})["secret"] for name in ("lost", "kept")}
+    keys["brief"] = daemon.admin.post("keys", body=BOSS | {"name": "brief", "expires": "3s"})["secret"]
+    headers = {name: {"Authorization": f"Bearer {secret}"} for name, secret in keys.items()}
+    headers |= {name: {"Cookie": sign_in(daemon)} for name in ("one", "all")}
+    readers = {
+        (name, path): opened(daemon, path, shown)
+        for name, shown in headers.items()
+        for path in ("/events", "/instances/tiny/live", "/logs/tiny/stream")
+    }
+    try:
+        daemon.admin.delete("keys", "lost")
+        assert ended(readers, "lost")
+        ask(daemon, "POST", "/sign-out", {}, **headers["one"])
+        assert ended(readers, "one")
+        assert ended(readers, "brief")
+        daemon.admin.post("web", "sign-out")
+        assert ended(readers, "all")
+        _, response = readers["kept", "/events"]
+        daemon.admin.post("reload")
+        assert any(b"event: reloaded" in response.readline() for _ in range(1000))
+    finally:
+        for name in ("kept", "brief"):
+            daemon.admin.delete("keys", name)
+        for connection, _ in readers.values():
+            connection.close()
 
-    async def run() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port, limit=1 << 10)
-        writer.write(f"GET /events HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie}\r\n\r\n".encode())
-        await writer.drain()
-        await reader.readuntil(b"event: snapshot")
-        for _ in range(20):
-            await asyncio.to_thread(daemon.admin.post, "instances", "tiny", "reset")
-        assert ask(daemon, "GET", "/status", Cookie=cookie).status == 200
-        writer.close()
 
-    asyncio.run(run())
+BOSS = {"admin": True}
+
+
+@pytest.mark.parametrize("path", ["/events", "/instances/tiny/live", "/logs/tiny/stream"])
+def test_head_of_a_stream_is_all(daemon: RunningDaemon, path: str) -> None:
+    """No body, and an end."""
+    with socket.create_connection(("127.0.0.1", daemon.port), timeout=5) as sock:
+        lines = [f"HEAD {path} HTTP/1.1", "Host: localhost", f"Cookie: {sign_in(daemon)}", "Connection: close"]
+        sock.sendall("\r\n".join([*lines, "\r\n"]).encode())
+        told = b"".join(iter(lambda: sock.recv(4096), b""))
+    assert told.startswith(b"HTTP/1.1 200 ")
+    assert told.partition(b"\r\n\r\n")[2] == b""
+
+
+def opened(
+    daemon: RunningDaemon, path: str, headers: dict[str, str]
+) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    """Return a stream that has begun."""
+    connection = http.client.HTTPConnection("localhost", daemon.port, timeout=10)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    assert response.status == 200
+    return connection, response
+
+
+def ended(
+    readers: dict[tuple[str, str], tuple[http.client.HTTPConnection, http.client.HTTPResponse]], name: str
+) -> bool:
+    """Whether each stream of a name comes to its end within a few seconds; a TimeoutError where it does not."""
+    for (each, _), (_, response) in readers.items():
+        if each == name:
+            deadline = time.monotonic() + 10
+            while response.readline():
+                assert time.monotonic() < deadline
+    return True
