@@ -6,6 +6,7 @@ live for minutes and in memory.
 
 import hashlib
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class Sessions:
         self._now = now
         self._codes: dict[str, float] = {}
         self._sessions: dict[str, _Session] | None = None
+        self._lock = threading.RLock()  # who opens and closes does so in threads; to look one up needs none
 
     def new_code(self) -> str:
         """Return a code that opens one session within `CODE_S`."""
@@ -56,13 +58,15 @@ class Sessions:
 
     def open(self, key: str) -> str:
         """Return the secret of a new session, opened by the API key with this hash, or by a code. Blocks."""
-        sessions, token = self._known(), secrets.token_urlsafe(32)
-        for gone in [each for each, session in sessions.items() if not self._is_good(session)]:
-            self._forget(gone)
-        while len(sessions) >= MAX_SESSIONS:
-            self._forget(min(sessions, key=sessions.__getitem__))
-        session = sessions[_hash(token)] = _Session(self._now() + SESSION_S, key)
-        self._state.put(_TABLE, _hash(token), session._asdict())
+        token = secrets.token_urlsafe(32)
+        with self._lock:
+            sessions = self._known()
+            for gone in [each for each, session in sessions.items() if not self._is_good(session)]:
+                self._forget(gone)
+            while len(sessions) >= MAX_SESSIONS:
+                self._forget(min(sessions, key=sessions.__getitem__))
+            session = sessions[_hash(token)] = _Session(self._now() + SESSION_S, key)
+            self._state.put(_TABLE, _hash(token), session._asdict())
         return token
 
     def is_open(self, token: str) -> bool:
@@ -76,20 +80,25 @@ class Sessions:
 
     def close_all(self) -> None:
         """End every session. Blocks."""
-        for each in list(self._known()):
-            self._forget(each)
+        with self._lock:
+            for each in list(self._known()):
+                self._forget(each)
 
     def _forget(self, hashed: str) -> None:
-        if self._known().pop(hashed, None) is not None:
-            self._state.delete(_TABLE, hashed)
+        with self._lock:
+            if self._known().pop(hashed, None) is not None:
+                self._state.delete(_TABLE, hashed)
 
     def _is_good(self, session: _Session) -> bool:
         return session.until > self._now() and (not session.key or self._is_admin(session.key))
 
     def _known(self) -> dict[str, _Session]:
         if self._sessions is None:
-            rows = self._state.all(_TABLE)
-            self._sessions = {key: session for key, row in rows.items() if (session := _session(row)) is not None}
+            with self._lock:
+                if self._sessions is None:
+                    rows = self._state.all(_TABLE)
+                    found = {key: session for key, row in rows.items() if (session := _session(row)) is not None}
+                    self._sessions = found
         return self._sessions
 
 

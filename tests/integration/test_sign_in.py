@@ -3,8 +3,10 @@
 import http.client
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.cookies import SimpleCookie
 from pathlib import Path
@@ -301,6 +303,30 @@ def test_sessions_end_and_outlast_the_daemon(tmp_path: Path) -> None:
     assert later.is_open(tokens[-1])
     later.close_all()
     assert not Sessions(StateDb(path), known.__contains__, clock).is_open(tokens[-1])
+
+
+def test_sessions_are_opened_and_closed_at_once() -> None:
+    """In threads, as the daemon does it, with codes redeemed and cookies looked at meanwhile; there is one memory."""
+    state = StateDb(None)
+    sessions = Sessions(state, lambda _: True)
+
+    def work(_: int) -> None:
+        for number in range(150):
+            token = sessions.open("key")
+            assert sessions.is_open(token)
+            if number % 3:
+                sessions.close(token)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(state.all("sessions")) == 8 * 50
+    sessions.close_all()
+    assert state.all("sessions") == {}
 
 
 def test_session_ends_with_the_key_that_opened_it(daemon: RunningDaemon) -> None:
