@@ -63,6 +63,12 @@ class ModelNotFoundError(NotFoundError):
     kind = "model_not_found"
 
 
+class MethodNotAllowedError(LlmstudioError):
+    """The route takes another method; ``details['allow']`` says which."""
+
+    kind, status, openai_type = "method_not_allowed", 405, "invalid_request_error"
+
+
 class ConflictError(LlmstudioError):
     """What is asked for does not go with the state in which the model is."""
 

@@ -13,11 +13,19 @@ from aiohttp import web
 
 from llmstudiod import __version__
 from llmstudiod.adapters.planner import Planner
-from llmstudiod.core.errors import AccessDeniedError, BadRequestError, ConflictError, LlmstudioError
+from llmstudiod.core.errors import (
+    AccessDeniedError,
+    BadRequestError,
+    BodyTooLargeError,
+    ConflictError,
+    LlmstudioError,
+    MethodNotAllowedError,
+    NotFoundError,
+)
 from llmstudiod.core.lifecycle import InstanceView, State
 from llmstudiod.core.recipe import Fault
 from llmstudiod.core.settings import LoadedSettings
-from llmstudiod.core.units import counted
+from llmstudiod.core.units import counted, format_bytes
 from llmstudiod.http.admin_answers import error_answer, fault_answer, old_config, plan_answer, recipe_answer
 from llmstudiod.http.admin_gpus import preview_answer
 from llmstudiod.http.answers import error_headers, json_response
@@ -331,6 +339,21 @@ def _is_local(request: web.Request) -> bool:
     return sock is not None and sock.family == socket.AF_UNIX
 
 
+def _of_aiohttp(request: web.Request, error: web.HTTPException) -> LlmstudioError:
+    """Return what aiohttp has refused in our words."""
+    asked = f"{request.method[:20]} {request.path[:200]}"
+    match error:
+        case web.HTTPNotFound():
+            return NotFoundError(f"there is no route {asked}", hint="GET /api/spec describes those that there are")
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            return MethodNotAllowedError(f"expected {allowed}, found {asked}", details={"allow": allowed})
+        case web.HTTPRequestEntityTooLarge():
+            return BodyTooLargeError(f"the body is over {format_bytes(MAX_BODY)}")
+        case _:
+            return BadRequestError(error.reason)
+
+
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn errors into this interface's envelope; a bug is logged with its traceback and told as 500."""
@@ -339,8 +362,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except LlmstudioError as error:
         return json_response(error_answer(error), status=error.status, headers=error_headers(error))
     except web.HTTPException as error:
-        kind = "not_found" if error.status == 404 else "bad_request"
-        return json_response({"detail": error.reason, "kind": kind, "hint": None}, status=error.status)
+        told = _of_aiohttp(request, error)
+        return json_response(error_answer(told), status=error.status, headers=error_headers(told))
     except Exception:
         logger.exception("%s %s: internal error", request.method, request.path)
         return json_response({"detail": "Internal Server Error", "kind": "internal", "hint": None}, status=500)

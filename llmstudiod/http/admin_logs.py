@@ -6,7 +6,7 @@ import time
 
 from aiohttp import web
 
-from llmstudiod.core.errors import LlmstudioError
+from llmstudiod.core.errors import MethodNotAllowedError
 from llmstudiod.core.lifecycle import State
 from llmstudiod.http.admin_answers import OLD_WORDS
 from llmstudiod.http.answers import json_response
@@ -16,11 +16,6 @@ from llmstudiod.launchers.base import Launcher
 from llmstudiod.supervisor import Supervisor
 
 MAX_LINES = 20_000
-
-
-class _NotOursError(LlmstudioError):
-    kind = "method_not_allowed"
-    status = 405
 
 
 class AdminLogs:
@@ -72,7 +67,7 @@ class AdminLogs:
     async def _delete(self, request: web.Request) -> web.Response:
         model = self._model(request)
         hint = "`journalctl --vacuum-time=…` removes old entries of all units"
-        raise _NotOursError(
+        raise MethodNotAllowedError(
             f"the log of '{model}' is in the system's journal, which is not ours to delete",
             hint=hint,
             details={"allow": "GET"},

@@ -21,6 +21,7 @@ from llmstudiod.core.errors import (
     BadRequestError,
     BodyTooLargeError,
     LlmstudioError,
+    MethodNotAllowedError,
     ModelNotFoundError,
     NotFoundError,
     UnavailableError,
@@ -78,11 +79,14 @@ NEVER_STREAMED = frozenset(
 """What llama-server answers in one piece, whatever ``stream`` says."""
 FORWARDED_GETS = frozenset({"/props", "/slots"})
 UPSTREAM_PREFIX = "/upstream/"
+STUDIO_PREFIX = "/v1/studio/"
+"""What the admin interface has below ``/v1/``."""
 WHY_TIMEOUT_S = 1.0
 
 _ASSETS = (".ico", ".js", ".mjs", ".css", ".map", ".png", ".jpg", ".svg", ".gif", ".webp", ".woff", ".woff2", ".html")
 _NEEDS = "`llmstudioctl key add NAME {}` makes a key that may"
 _READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
+_OWN_PATHS = FORWARDED_POSTS | FORWARDED_GETS | {"/", "/v1", "/health", "/models", "/running"}
 OPEN_PATHS = frozenset({"/health", "/v1/health"})
 """What is answered whoever asks, with next to nothing: whether the daemon can serve."""
 
@@ -136,11 +140,16 @@ class Proxy:
                 raise
             return await self._route(request, path)
         except LlmstudioError as error:
-            return error_response(error, path=path)
+            return await self._refusal(request, error, path)
         except (HttpProcessingError, HTTPException, RequestPayloadError, web.PayloadAccessError) as error:
-            return error_response(
-                BadRequestError(f"the request cannot be read: {' '.join(str(error).split())}"), path=path
-            )
+            unread = BadRequestError(f"the request cannot be read: {' '.join(str(error).split())}")
+            return await self._refusal(request, unread, path)
+
+    async def _refusal(self, request: web.BaseRequest, error: LlmstudioError, path: str) -> web.Response:
+        """Return an error in the envelope of the interface to which a path belongs."""
+        if self._admin is None or _is_of_the_endpoint(path):
+            return error_response(error, path=path)
+        return await self._admin.refusal(request, error, path)
 
     async def _route(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         method = request.method
@@ -174,7 +183,7 @@ class Proxy:
     @staticmethod
     def _only(method: str, allowed: str, path: str) -> None:
         if method != allowed and not (allowed == "GET" and method == "HEAD"):
-            raise _MethodNotAllowedError(f"{path} takes {allowed}, not {method}", details={"allow": allowed})
+            raise MethodNotAllowedError(f"{path} takes {allowed}, not {method}", details={"allow": allowed})
 
     # Which model
 
@@ -385,12 +394,6 @@ class Proxy:
             self._supervisor.end(ticket)
 
 
-class _MethodNotAllowedError(LlmstudioError):
-    """The route exists, with another method."""
-
-    kind, status, exit_code, openai_type = "method_not_allowed", 405, 2, "invalid_request_error"
-
-
 def _failure(shown: InstanceView, run: int) -> Failure | None:
     """Return why a run ended; the next one may have been started already."""
     if shown.run == run and shown.failure is not None:
@@ -418,6 +421,12 @@ def _target(request: web.BaseRequest) -> str:
 
 def _path(request: web.BaseRequest) -> str:
     return _target(request).partition("?")[0]
+
+
+def _is_of_the_endpoint(path: str) -> bool:
+    """Whether clients of OpenAI's, Anthropic's or llama-server's interface ask at this path, or would."""
+    is_v1 = path.startswith("/v1/") and not path.startswith(STUDIO_PREFIX)
+    return is_v1 or path in _OWN_PATHS or path.startswith(UPSTREAM_PREFIX)
 
 
 def _refuse_beyond_use(key: Key | None, method: str, path: str) -> None:

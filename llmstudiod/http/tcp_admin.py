@@ -5,22 +5,23 @@ of this machine, and any page that a browser here shows, reaches the port.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
 
 from aiohttp import web
 
-from llmstudiod.core.errors import AccessDeniedError, AuthenticationError, LlmstudioError
+from llmstudiod.core.errors import AccessDeniedError, AuthenticationError, LlmstudioError, MethodNotAllowedError
 from llmstudiod.core.keys import Key
 from llmstudiod.http.access import Access, session_tokens
 from llmstudiod.http.admin_answers import error_answer
-from llmstudiod.http.answers import error_headers, json_response
+from llmstudiod.http.answers import envelope, error_headers, json_response
 from llmstudiod.http.client import ClientConnection, read_body
 from llmstudiod.http.page import asset_name, page_response
 from llmstudiod.http.sessions import COOKIE, SESSION_S, Sessions
 from llmstudiod.http.streams import STILL_COUNTS
 
 SIGN_IN, SIGN_OUT = "/sign-in", "/sign-out"
+_SIGNS = frozenset({SIGN_IN, SIGN_OUT})
 METRICS = "/metrics"
 MAX_BODY = 4096
 _HINT = (
@@ -56,7 +57,10 @@ class TcpAdmin:
 
         Programs that ask for ``/`` get a text, which is the endpoint's own.
         """
-        if path in {SIGN_IN, SIGN_OUT} and request.method == "POST":
+        if path in _SIGNS:
+            if request.method != "POST":
+                message = f"{path} takes POST, not {request.method}"
+                raise MethodNotAllowedError(message, details={"allow": "POST"})
             return await self._sign(request, path)
         name = asset_name(path) if request.method in {"GET", "HEAD"} else None
         if name is None or (path == "/" and "text/html" not in request.headers.get("Accept", "")):
@@ -73,7 +77,7 @@ class TcpAdmin:
                 return _with_cookie(json_response({"success": True}), "", 0)
             key = await self._proof(request)
         except LlmstudioError as error:
-            return json_response(error_answer(error), status=error.status, headers=error_headers(error))
+            return _refused(error)
         token = await asyncio.to_thread(self._sessions.open, key)
         return _with_cookie(json_response({"success": True}), token, int(SESSION_S))
 
@@ -101,7 +105,7 @@ class TcpAdmin:
             error: LlmstudioError = AuthenticationError("the admin interface needs you to sign in", hint=_HINT)
             if key is not None:
                 error = AccessDeniedError(f"the API key '{key.name}' has no admin right", hint=_HINT)
-            return json_response(error_answer(error), status=error.status, headers=error_headers(error))
+            return _refused(error)
         request[STILL_COUNTS] = lambda: self._still_counts(request, path)
         response = await self._handle(request)
         if isinstance(response, web.Response):
@@ -109,6 +113,14 @@ class TcpAdmin:
             response.headers["X-Content-Type-Options"] = "nosniff"
             response.headers["Cache-Control"] = "no-store"
         return response
+
+    async def refusal(self, request: web.BaseRequest, error: LlmstudioError, path: str) -> web.Response:
+        """Return an error in this interface's envelope.
+
+        Where nothing is at the path it has OpenAI's beside it: who asks there may be a client of either interface.
+        """
+        is_known = path in _SIGNS or (isinstance(request, web.Request) and await self._has_route(request))
+        return _refused(error, beside=None if is_known else envelope(error, path=path))
 
     def _still_counts(self, request: web.Request, path: str) -> bool:
         """Whether a request would be let in if it came now."""
@@ -121,6 +133,11 @@ class TcpAdmin:
 
 def _may(key: Key | None, path: str) -> bool:
     return key is not None and (key.admin or (path == METRICS and key.metrics))
+
+
+def _refused(error: LlmstudioError, *, beside: Mapping[str, Any] | None = None) -> web.Response:
+    answer = {**error_answer(error), **(beside or {})}
+    return json_response(answer, status=error.status, headers=error_headers(error))
 
 
 def _connection(request: web.BaseRequest) -> ClientConnection:

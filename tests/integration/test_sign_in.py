@@ -24,6 +24,9 @@ PAGE = "http://localhost:3000"  # another program of this machine: the same site
 GUARDED = ["/status", "/instances", "/recipes", "/config", "/keys", "/usage", "/events/stats", "/logs", "/api/spec"]
 
 
+PROBLEM = {"detail", "kind", "hint"}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came back."""
@@ -220,6 +223,58 @@ def test_bad_json_is_the_clients_fault(daemon: RunningDaemon, path: str, body: b
     answer = ask(daemon, "POST", path, body, Cookie=sign_in(daemon))
     assert (answer.status, answer.json["kind"]) == (400, "bad_request"), answer.body
     assert "Traceback" not in daemon.log()
+
+
+@pytest.mark.parametrize("has_key", [False, True])
+@pytest.mark.parametrize(
+    ("method", "path", "status", "names"),
+    [
+        ("GET", "/status", 401, PROBLEM),
+        ("POST", "/recipes", 401, PROBLEM),
+        ("GET", "/v1/studio/models", 401, PROBLEM),
+        ("POST", "/api/models/unload", 401, PROBLEM),
+        ("GET", "/sign-in", 405, PROBLEM),
+        ("GET", "/nothing", 404, PROBLEM | {"error"}),
+        ("GET", "/v2/models", 404, PROBLEM | {"error"}),
+        ("GET", "/v1/nothing", 404, {"error"}),
+        ("GET", "/v1/models/nothing", 404, {"error"}),
+        ("POST", "/v1/models", 405, {"error"}),
+        ("POST", "/tokenize", 400, {"error"}),
+        ("GET", "/upstream/nothing/x", 404, {"error"}),
+    ],
+)
+def test_errors_have_the_envelope_of_their_interface(
+    daemon: RunningDaemon, method: str, path: str, status: int, names: set[str], *, has_key: bool
+) -> None:
+    """Also while keys are set, before anybody has shown one; where nothing is, clients of both find theirs."""
+    if has_key:
+        daemon.admin.post("keys", body={"name": "one"})
+    try:
+        answer = ask(daemon, method, path, b"[]" if method == "POST" else None)
+    finally:
+        if has_key:
+            daemon.admin.delete("keys", "one")
+    is_open = path == "/sign-in"
+    assert (answer.status, set(answer.json)) == (401 if has_key and not is_open else status, names)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "kind", "allow"),
+    [
+        ("PATCH", "/recipes", None, 405, "method_not_allowed", "GET, HEAD, POST"),
+        ("POST", "/status", None, 405, "method_not_allowed", "GET, HEAD"),
+        ("GET", "/sign-out", None, 405, "method_not_allowed", "POST"),
+        ("DELETE", "/logs/tiny", None, 405, "method_not_allowed", "GET"),
+        ("POST", "/recipes", b"x" * (3 << 20), 413, "body_too_large", None),
+        ("GET", "/instances/tiny/nothing", None, 404, "not_found", None),
+    ],
+)
+def test_refusals_have_kinds_of_their_own(
+    daemon: RunningDaemon, method: str, path: str, body: bytes | None, status: int, kind: str, allow: str | None
+) -> None:
+    """A client can branch on them; 405 says which methods there are. Source: RFC 9110, section 15.5.6."""
+    answer = ask(daemon, method, path, body, Cookie=sign_in(daemon))
+    assert (answer.status, answer.json["kind"], answer.headers.get("Allow")) == (status, kind, allow)
 
 
 def test_code_is_made_at_the_machine_alone(daemon: RunningDaemon) -> None:
