@@ -11,6 +11,7 @@ FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 0.25
 ANSWER_TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 4 << 20
+FOREIGN = "somebody who does not speak llama-server's language"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class NotOurs:
 
 
 async def wait_ready(socket_path: str, *, alias: str | None) -> UpstreamFacts | NotOurs:
-    """Return what the server says of itself once /health answers 200; waits for as long as it takes.
+    """Return what the server says of itself once /health and /props answer 200; waits for as long as it takes.
 
     ``alias`` is the name by which it must know itself; None: any will do.
     The caller bounds the wait: by the process's end, by the stall rule, by cancelling.
@@ -30,17 +31,23 @@ async def wait_ready(socket_path: str, *, alias: str | None) -> UpstreamFacts | 
     while True:
         status, _ = await get(socket_path, "/health")
         if status == 200:
-            break
+            status, body = await get(socket_path, "/props")
+            if status == 200:
+                return _facts(body, alias)
+            if 400 <= status < 500:  # llama-server has this path
+                return NotOurs(FOREIGN)
         await asyncio.sleep(pause)
         pause = min(pause * 1.3, LONGEST_PAUSE_S)
-    status, body = await get(socket_path, "/props")
+
+
+def _facts(body: bytes, alias: str | None) -> UpstreamFacts | NotOurs:
     try:
-        props = json.loads(body) if status == 200 else {}
+        props = json.loads(body)
         found = str(props.get("model_alias", alias))
         settings = props.get("default_generation_settings", {})
         facts = UpstreamFacts(n_parallel=int(props.get("total_slots", 1)), n_ctx=int(settings.get("n_ctx", 0)))
     except (ValueError, RecursionError, TypeError, AttributeError):
-        return NotOurs("somebody who does not speak llama-server's language")
+        return NotOurs(FOREIGN)
     return facts if alias in {None, found} else NotOurs(found)
 
 

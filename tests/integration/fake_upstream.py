@@ -120,6 +120,7 @@ class FakeUpstream:
     n_ctx: int = 4096
     script: Script = say_hello
     is_ready: bool = True
+    props_status: bytes = b"200 OK"
     reads_body_first: bool = True
     requests: list[Received] = field(default_factory=list)
     connections: int = 0
@@ -180,8 +181,9 @@ class FakeUpstream:
     async def _answer_probe(self, head: bytes, writer: asyncio.StreamWriter) -> None:
         props = {"model_alias": self.alias, "total_slots": self.n_parallel}
         props["default_generation_settings"] = {"n_ctx": self.n_ctx}
-        body = json.dumps(props).encode() if head.startswith(b"GET /props ") else b"{}"
-        status = b"200 OK" if self.is_ready else b"503 Service Unavailable"
+        is_props = head.startswith(b"GET /props ")
+        body = json.dumps(props).encode() if is_props else b"{}"
+        status = (self.props_status if is_props else b"200 OK") if self.is_ready else b"503 Service Unavailable"
         writer.write(answer(body, status=status, headers=b"Connection: close\r\n"))
         await writer.drain()
 

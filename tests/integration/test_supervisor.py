@@ -8,7 +8,7 @@ import pytest
 
 from llmstudiod.core.errors import LauncherError, LlmstudioError, LoadFailedError, ModelNotFoundError
 from llmstudiod.core.ledger import Memory
-from llmstudiod.core.lifecycle import State
+from llmstudiod.core.lifecycle import State, UpstreamFacts
 from llmstudiod.core.memory import Run
 from llmstudiod.core.model_shape import Layer, ModelShape
 from llmstudiod.core.placement import Room, Wish
@@ -73,6 +73,26 @@ async def test_somebody_else_at_the_socket_is_a_failure(house: House) -> None:
     error = await failure_of(house)
     assert "'somebody' answers at its socket instead of 'org/Tiny'" in error.message
     assert house.tiny.open_connections == 0
+
+
+async def test_server_is_not_ready_before_it_says_who_it_is(house: House) -> None:
+    """/health alone proves nothing: who answers, and how many slots it has, is told by /props."""
+    house.tiny.props_status = b"503 Service Unavailable"
+    house.supervisor.start_load("tiny")
+    await eventually(lambda: house.state() is State.LOADING)
+    await asyncio.sleep(0.3)
+    assert house.state() is State.LOADING
+    house.tiny.props_status = b"200 OK"
+    await eventually(lambda: house.state() is State.READY)
+    shown = house.supervisor.view("tiny")
+    assert shown is not None
+    assert shown.facts == UpstreamFacts(n_parallel=4, n_ctx=4096)
+
+
+async def test_server_without_props_is_somebody_else(house: House) -> None:
+    """Every llama-server has them."""
+    house.tiny.props_status = b"404 Not Found"
+    assert "somebody who does not speak llama-server's language" in (await failure_of(house)).message
 
 
 async def test_unload_while_it_loads_answers_who_waits(house: House) -> None:
