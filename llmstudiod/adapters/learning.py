@@ -30,9 +30,12 @@ class Learning:
     def __init__(self, state: StateDb, measure: Callable[[], Machine] | None) -> None:
         self._state = state
         self._measure = measure
+        self._found: dict[str, Correction] = {}  # by this daemon; it need not be on the disk yet
 
     def known(self, key: str) -> Correction:
         """Return what is known of a model, `AS_ESTIMATED` where nothing is."""
+        if (found := self._found.get(key)) is not None:
+            return found
         values = self._state.get(_LEARNED, key)
         try:
             return Correction.from_dict(values) if values else AS_ESTIMATED
@@ -64,8 +67,8 @@ class Learning:
         return self._keep(key, found)
 
     def remember(self, invocation_id: str, placement: Placement) -> None:
-        """Keep where a unit's model lies, for a daemon that finds the unit running."""
-        self._state.put(_HOLDINGS, invocation_id, placement.as_dict())
+        """Have it kept where a unit's model lies, for a daemon that finds the unit running; never waits."""
+        self._state.put_soon(_HOLDINGS, invocation_id, placement.as_dict())
 
     def recall(self, invocation_id: str) -> Placement | None:
         """Return where a unit's model lies, or None where that is not known."""
@@ -89,7 +92,8 @@ class Learning:
         return max(beside, default=None)
 
     def _keep(self, key: str, found: Correction) -> Correction:
-        self._state.put(_LEARNED, key, found.as_dict())
+        self._found[key] = found
+        self._state.put_soon(_LEARNED, key, found.as_dict())
         return found
 
 

@@ -1,9 +1,12 @@
 """``state.db``: whatever happens to it costs only what it held."""
 
+import contextlib
 import logging
 import os
 import sqlite3
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,120 @@ def test_directory_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFi
     state.put("learned", "a", {"kv": 1})
     assert state.get("learned", "a") is None
     assert caplog.text.count("unable to open database file") == 1
+
+
+def counts(path: Path, table: str) -> int:
+    """Return how many rows another program finds."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        count: int = connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        return count
+
+
+@pytest.mark.parametrize("names", [["state.db"], ["state.db", "state.db-wal", "state.db-shm"]])
+def test_file_that_is_removed_is_written_again(
+    path: Path, names: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The daemon has it open still: nothing is lost, and it is told."""
+    monkeypatch.setattr(state_db, "LOOK_S", 0.0)
+    state = StateDb(path, tables=["more (name TEXT)"])
+    state.put("learned", "a", {"kv": 1})
+    state.write(("INSERT INTO more VALUES (?)", [("x",)]))
+    for name in names:
+        path.with_name(name).unlink()
+    state.put("learned", "b", {"kv": 2})
+    assert "was removed while it was in use: what it held is written again" in caplog.text
+    assert (counts(path, "learned"), counts(path, "more")) == (2, 1)
+    state.put("learned", "c", {"kv": 3})
+    assert caplog.text.count("was removed") == 1
+    state.close()
+    assert StateDb(path).all("learned") == {"a": {"kv": 1}, "b": {"kv": 2}, "c": {"kv": 3}}
+    assert sorted(each.name for each in path.parent.iterdir() if "part" in each.name) == []
+
+
+def test_file_that_is_replaced_counts(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody has put a copy back."""
+    monkeypatch.setattr(state_db, "LOOK_S", 0.0)
+    other = StateDb(path.with_name("other.db"))
+    other.put("learned", "a", {"kv": 1})
+    other.close()
+    state = StateDb(path)
+    state.put("learned", "a", {"kv": 2})
+    for suffix in ("-wal", "-shm"):
+        path.with_name(f"state.db{suffix}").unlink()
+    path.with_name("other.db").replace(path)
+    assert state.get("learned", "a") == {"kv": 1}
+    assert "was replaced" in caplog.text
+    state.put("learned", "b", {"kv": 3})
+    assert counts(path, "learned") == 2
+
+
+def test_file_is_looked_at_once_a_second(path: Path) -> None:
+    """Not with each value."""
+    state = StateDb(path)
+    state.put("learned", "a", {"kv": 1})
+    looked_at = state._looked_at
+    state.put("learned", "a", {"kv": 2})
+    assert state._looked_at == looked_at
+
+
+def test_value_that_is_refused_loses_nothing_else(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A constraint that fails is a bug of ours, and no reason to put the file aside."""
+    state = StateDb(path)
+    state.put("learned", "a", {"kv": 1})
+    state.write(("INSERT INTO learned (key, at, value) VALUES (?, ?, ?)", [("a", 0, "{}")]))
+    assert "UNIQUE constraint failed" in caplog.text
+    assert state.get("learned", "a") == {"kv": 1}
+    assert not path.with_name("state.db.broken").exists()
+
+
+@pytest.mark.parametrize("foreign", ["learned (key TEXT)", "more (other TEXT)"])
+def test_table_of_another_layout_is_put_aside(path: Path, foreign: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What could never be written to costs only what it held."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"CREATE TABLE {foreign}")
+    state = StateDb(path, tables=["more (name TEXT)"])
+    for _ in range(2):
+        state.put("learned", "a", {"kv": 1})
+        state.write(("INSERT INTO more (name) VALUES (?)", [("x",)]))
+    assert state.get("learned", "a") == {"kv": 1}
+    assert counts(path, "more")
+    assert "expected the columns" in caplog.text
+
+
+@pytest.fixture
+def locked(path: Path) -> Iterator[StateDb]:
+    """A database that another program has locked for writing."""
+    state = StateDb(path)
+    state.put("learned", "a", {"kv": 1})
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield state
+
+
+def test_reading_does_not_wait_for_who_writes(locked: StateDb) -> None:
+    """Another program's lock holds up those who write, and nobody else."""
+    writers = [threading.Thread(target=locked.put, args=("learned", f"b{n}", {"kv": 2})) for n in range(3)]
+    for writer in writers:
+        writer.start()
+    began = time.monotonic()
+    assert [locked.get("learned", "a") for _ in range(5)] == [{"kv": 1}] * 5
+    assert time.monotonic() - began < 0.5
+    assert all(writer.is_alive() for writer in writers)
+    for writer in writers:
+        writer.join()
+
+
+def test_value_is_put_soon(path: Path, locked: StateDb) -> None:
+    """Who has something kept goes on at once; it is there when the database is closed."""
+    began = time.monotonic()
+    locked.put_soon("learned", "b", {"kv": 2})
+    assert time.monotonic() - began < 0.5
+    state = StateDb(path.with_name("free.db"))
+    state.put_soon("learned", "b", {"kv": 2})
+    state.close()
+    assert counts(path.with_name("free.db"), "learned") == 1
 
 
 def test_oldest_values_give_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
