@@ -170,8 +170,7 @@ class Runs:
         logger.info("%s: %s was started, pid %d", model, run.unit.name, run.unit.pid)
         self._post(UnitStarted(self._clock(), model, run.number))
         if self._launcher.outlives_us and action.placement is not None:
-            remember = self._planner.learning.remember
-            await asyncio.to_thread(remember, run.unit.invocation_id, action.placement)
+            self._planner.learning.remember(run.unit.invocation_id, action.placement)
         await self._watch(model, run)
 
     async def _watch(self, model: str, run: Run) -> None:

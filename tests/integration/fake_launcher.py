@@ -5,7 +5,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.planner import Plan, Planner
+from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.core.command import Command, Context, ServerBinary
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
@@ -110,6 +112,7 @@ class FakePlanner(Planner):
     def __init__(self, launcher: FakeLauncher) -> None:
         self._fake_launcher = launcher
         self.wishes: dict[str, Wish] = {}
+        self.learning = Learning(StateDb(None), None)
         self.placements: list[tuple[str, Placement | None]] = []
 
     async def binary(self) -> ServerBinary:
