@@ -34,12 +34,12 @@ from llmstudiod.core.lifecycle import Failure, InstanceView
 from llmstudiod.core.load_log import Expected, read_load
 from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash
-from llmstudiod.core.vigil import Look, Verdict, Vigil, is_alarming
+from llmstudiod.core.vigil import Look, Movement, Verdict, Vigil, is_alarming
 from llmstudiod.launchers.base import FoundUnit, Launcher, Unit
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_PERIOD_S = 1.0
+PROGRESS_PERIOD_S, DESERTED_S = 1.0, 5.0
 LOG_LINES, LOG_TRIES, LOG_LAG_S = 400, 4, 0.5  # a load writes some fifty, and the journal is late
 BUSY_LOOK_S, IDLE_LOOK_S, SOON_S = 5.0, 15.0, 1.0
 TOKEN_S = 30.0
@@ -287,16 +287,16 @@ class Runs:
 
     async def _watch_progress(self, model: str, run: Run) -> None:
         """Tell the scheduler whenever something moves in a loading server, so that only a standstill counts."""
-        unit, last = run.unit, None
+        unit = run.unit
         assert unit is not None
-        expected = _expected(run)
+        shown, expected = self._view(model), _expected(run)
+        movement = Movement(self._clock(), patience_s=shown.spec.stall_timeout_s if shown else 120.0)
         n_bytes = await asyncio.to_thread(_file_bytes, run.plan)
         while True:
             seen = await asyncio.to_thread(self._pulse, unit)
             lines = self._launcher.told(unit)
-            mark = (seen.mark, len(lines))
-            if mark != last:
-                last = mark
+            mark = (seen.mark, len(lines), lines[-1:])
+            if movement.is_seen(self._clock(), mark, cpu_s=seen.cpu_s):
                 facts = read_load(lines, expected)
                 in_memory = min(0.95, (seen.resident or 0) / n_bytes) if n_bytes else 0.0
                 progress = max(facts.progress, in_memory)

@@ -102,6 +102,29 @@ class Vigil:
         return look.cpu_s is None or before is None or look.cpu_s > before
 
 
+class Movement:
+    """Whether a load still moves; ``patience_s`` is for how long it may stand still.
+
+    Memory and lines count for ever. CPU time alone does so for a while: a file that is read through a fixed buffer into
+    a GPU shows nothing else where the process is another user's, but a server that spins for ever shows the same.
+    """
+
+    def __init__(self, at: float, *, patience_s: float) -> None:
+        self._moved_at = at
+        self._longest_s = PATIENCE_FACTOR * patience_s
+        self._mark: object = None
+        self._cpu_s: float | None = None
+
+    def is_seen(self, at: float, mark: object, *, cpu_s: float | None) -> bool:
+        """Take a look. ``mark`` is another one whenever memory or log have grown."""
+        before, self._cpu_s = self._cpu_s, cpu_s
+        if mark != self._mark:
+            self._mark, self._moved_at = mark, at
+            return True
+        computes = cpu_s is not None and before is not None and cpu_s > before
+        return computes and at - self._moved_at < self._longest_s
+
+
 def is_alarming(line: str) -> bool:
     """Whether a line of a ready server's log is reason enough to ask it for a token; no more than that."""
     return _ALARMING.search(line) is not None

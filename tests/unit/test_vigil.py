@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llmstudiod.core.vigil import Look, Verdict, Vigil, is_alarming
+from llmstudiod.core.vigil import Look, Movement, Verdict, Vigil, is_alarming
 
 WELL = Look(at=0.0, answers=True, n_in_flight=0, cpu_s=1.0)
 
@@ -116,3 +116,26 @@ def test_server_without_slots_is_judged_by_its_process() -> None:
 def test_alarming_lines(line: str, expected: bool) -> None:
     """What is reason enough to ask."""
     assert is_alarming(line) == expected
+
+
+def moves(*looks: tuple[object, float | None]) -> list[bool]:
+    """Return what is seen of a load that may stand still for 20 s, looked at every ten."""
+    movement = Movement(0.0, patience_s=20)
+    return [movement.is_seen(10.0 * n, mark, cpu_s=cpu_s) for n, (mark, cpu_s) in enumerate(looks)]
+
+
+def test_load_that_reads_and_shows_nothing_moves() -> None:
+    """A file that goes through a fixed buffer into a GPU costs CPU time, and neither memory nor a line."""
+    assert moves(*[("a", float(n)) for n in range(9)]) == [True] * 9
+
+
+def test_load_that_spins_stands_still_in_the_end() -> None:
+    """CPU time alone counts for five times as long; what else moves begins that anew."""
+    spins = [("a", float(n)) for n in range(12)]
+    assert moves(*spins) == [True] * 10 + [False] * 2
+    assert moves(*spins, ("b", 20.0), ("b", 21.0))[-3:] == [False, True, True]
+
+
+def test_load_that_does_nothing_stands_still() -> None:
+    """Also where its CPU time is not known."""
+    assert moves(("a", 1.0), ("a", 1.0), ("a", None), ("a", None)) == [True, False, False, False]
