@@ -198,12 +198,15 @@ class Runs:
 
     async def _await_ready(self, model: str, run: Run) -> None:
         assert run.unit is not None
-        watcher = self._spawn(self._watch_progress(model, run), f"progress {model}")
+        socket_path = self._launcher.socket_path(model)
+        watchers = [self._spawn(self._watch_progress(model, run), f"progress {model}")]
+        if run.plan is None:
+            watchers.append(self._spawn(self._miss_socket(model, run, socket_path), f"socket of {model}"))
         try:
-            socket_path = self._launcher.socket_path(model)
             facts = await probe.wait_ready(socket_path, alias=run.alias)
         finally:
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
         if isinstance(facts, NotOurs):
             message = f"'{facts.alias}' answers at its socket instead of '{run.alias}'"
             run.verdict = Failure("socket", message, "is another server using this socket?")
@@ -218,6 +221,20 @@ class Runs:
             await vigil
         finally:
             vigil.cancel()
+
+    async def _miss_socket(self, model: str, run: Run, socket_path: str) -> None:
+        """Tell when a server that was found has lost its socket: it runs, does nothing, and nobody can reach it."""
+        assert run.unit is not None
+        since, last = self._clock(), None
+        while self._clock() - since < DESERTED_S:
+            mark = (await asyncio.to_thread(self._pulse, run.unit)).mark
+            # One that was started a moment ago does not listen yet, and loads drivers for longer than that.
+            if mark != last or not probe.is_deserted(socket_path):
+                since, last = self._clock(), mark
+            await asyncio.sleep(PROGRESS_PERIOD_S)
+        failure = Failure("socket", "nobody listens at its socket, though it runs", "was the socket removed?")
+        logger.error("%s: %s: it is started anew", model, failure.message)
+        self._post(UnitHung(self._clock(), model, run.number, failure))
 
     async def _heed_load(self, model: str, run: Run) -> None:
         """Read the log of a load that is over: what is not as it was asked for, and what the model needed."""

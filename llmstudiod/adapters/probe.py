@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,19 @@ def _facts(body: bytes, alias: str | None) -> UpstreamFacts | NotOurs:
     except (ValueError, RecursionError, TypeError, AttributeError):
         return NotOurs(FOREIGN)
     return facts if alias in {None, found} else NotOurs(found)
+
+
+def is_deserted(socket_path: str) -> bool:
+    """Whether nobody listens there. At once: a connection to a Unix socket is made, or it is not."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        try:
+            client.connect(socket_path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return True
+        except OSError:  # as many wait as may wait
+            return False
+    return False
 
 
 async def get(socket_path: str, path: str) -> tuple[int, bytes]:

@@ -154,6 +154,8 @@ class Life:
         if instance.state in {State.READY, State.DRAINING}:
             instance.failure = event.failure
             self.drain(instance, event.at, StopCause.HUNG)
+        elif instance.state is State.LOADING:  # it was found so; whoever waits for it waits for a fresh one
+            self.stop(instance, event.at, cause=StopCause.DESERTED, is_forced=True)
 
     def _try_again_alone(self, instance: Instance, event: UnitFailed) -> bool:
         """Let idle ones go and try once more where a GPU's memory was too small; return whether that is so.
@@ -223,6 +225,8 @@ class Life:
             self.fail(instance, event.at, failure, was_serving=cause is StopCause.HUNG)
             return
         self._settle(instance, event.at, "no process is left")
+        if cause is StopCause.DESERTED and instance.spec.restart is Restart.ALWAYS and not instance.is_removed:
+            self.actions.append(LoadToo(instance.spec.id))
 
     def _settle(self, instance: Instance, at: float, cause: str) -> None:
         instance.failures = 0

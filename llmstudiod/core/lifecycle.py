@@ -42,6 +42,7 @@ class StopCause(StrEnum):
     ABANDONED = "nobody waits for it any more"
     CANCELLED = "its load was cancelled"
     HUNG = "it does not answer any more"
+    DESERTED = "nobody listens at its socket"
 
 
 class Restart(StrEnum):

@@ -48,6 +48,11 @@ class FakeLauncher(Launcher):
         self._ends[request.model_id] = asyncio.get_running_loop().create_future()
         return Unit(request.model_id, "fake", len(self.starts), f"run-{len(self.starts)}")
 
+    def left_behind(self, model_id: str) -> FoundUnit:
+        """Return a server that an earlier daemon has started, and whose socket is gone."""
+        self._ends[model_id] = asyncio.get_running_loop().create_future()
+        return FoundUnit(Unit(model_id, "fake", 1, "run-0"), "")
+
     async def wait(self, unit: Unit) -> Exit:
         """Return when the upstream was stopped or has died."""
         return await asyncio.shield(self._ends[unit.model_id])

@@ -1,11 +1,16 @@
 """The supervisor with real sockets and a launcher that does as it is told: starts, ends, identity."""
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from llmstudiod import runs
+from llmstudiod.adapters.learning import Learning
+from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.core.errors import LauncherError, LlmstudioError, LoadFailedError, ModelNotFoundError
 from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import State, UpstreamFacts
@@ -93,6 +98,39 @@ async def test_server_without_props_is_somebody_else(house: House) -> None:
     """Every llama-server has them."""
     house.tiny.props_status = b"404 Not Found"
     assert "somebody who does not speak llama-server's language" in (await failure_of(house)).message
+
+
+async def test_server_without_a_socket_is_started_afresh(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of an earlier daemon that nobody can reach costs neither who waits nor a place in the crash budget."""
+    monkeypatch.setattr(runs, "DESERTED_S", 0.1)
+    monkeypatch.setattr(runs, "PROGRESS_PERIOD_S", 0.05)
+    await house.supervisor.adopt(house.launcher.left_behind("tiny"))
+    async with asyncio.timeout(3):
+        await house.supervisor.load("tiny")
+    shown = house.supervisor.view("tiny")
+    assert shown is not None
+    assert (shown.state, shown.failures, shown.last_failure) == (State.READY, 0, None)
+    assert "nobody listens at its socket" in [step.cause for step in shown.story]
+    assert "tiny: nobody listens at its socket, though it runs" in house.faults.pop()
+
+
+async def test_start_does_not_wait_for_the_database(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server is watched, and serves, while what is to be kept of it waits for the disk."""
+    state = StateDb(tmp_path / "state.db")
+    state.put("holdings", "x", {})
+    monkeypatch.setattr(house.launcher, "outlives_us", True)
+    house.planner.learning = Learning(state, None)
+    house.planner.wishes = {"tiny": wish("tiny", 1)}
+    house.supervisor.measure_with(lambda at: Memory(at, Room(12 << 30), Room(12 << 30)))
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        async with asyncio.timeout(1):
+            await house.supervisor.load("tiny")
+        other.execute("COMMIT")
+    await asyncio.to_thread(state.close)
+    assert state.get("holdings", "run-1") is not None
 
 
 async def test_unload_while_it_loads_answers_who_waits(house: House) -> None:
