@@ -127,7 +127,9 @@ class Application:
         self._ports: list[int] = []
         self._listing = listing
         self._streams = Streams()
-        self._events = Events(lambda: self._interface().live.snapshot(), self._streams)
+        self._events = Events(
+            lambda: self._interface().live.snapshot(), self._streams, lambda model: self._interface().along(model)
+        )
         self._built: Interface | None = None
         self.proxy = Proxy(
             self.supervisor,

@@ -12,6 +12,7 @@ from llmstudiod.adapters.recipe_writer import RecipeWriter
 from llmstudiod.adapters.usage_log import UsageLog
 from llmstudiod.adapters.usage_report import last_uses
 from llmstudiod.core.devices import Machine
+from llmstudiod.core.errors import ModelNotFoundError
 from llmstudiod.core.keys import Key
 from llmstudiod.core.recipe import Fault
 from llmstudiod.core.settings import LoadedSettings
@@ -22,7 +23,7 @@ from llmstudiod.http.admin_logs import AdminLogs
 from llmstudiod.http.admin_models import AdminModels
 from llmstudiod.http.admin_recipes import AdminRecipes
 from llmstudiod.http.admin_usage import AdminUsage
-from llmstudiod.http.events import Events
+from llmstudiod.http.events import Copy, Events
 from llmstudiod.http.figures import Figures
 from llmstudiod.http.instances import Instances
 from llmstudiod.http.listing import Listing
@@ -32,6 +33,8 @@ from llmstudiod.http.sessions import Sessions
 from llmstudiod.http.streams import Streams
 from llmstudiod.launchers.base import Launcher
 from llmstudiod.supervisor import Supervisor
+
+LINES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ class Interface:
             began_at=parts.began_at,
         )
         models = AdminModels(supervisor, lambda: parts.settings().settings, parts.measure)
-        logs = AdminLogs(supervisor, launcher, parts.streams)
+        self._supervisor = supervisor
+        self._logs = logs = AdminLogs(supervisor, launcher, parts.streams)
         self._admin = Admin(
             supervisor=supervisor,
             planner=planner,
@@ -130,6 +134,17 @@ class Interface:
         )
         self._runner = web.AppRunner(self._admin.application, access_log=None)
         self._setting_up = asyncio.Lock()
+
+    def along(self, name: str) -> tuple[Copy, ...]:
+        """Return what is told beside the events to whoever looks at one model: its slots, its last hour, its log."""
+        try:
+            model = self._supervisor.catalogue.resolve(name)
+        except ModelNotFoundError:
+            return ()  # it may have been removed a moment ago
+        return (
+            lambda write: self.instances.tell_live(model, write),
+            lambda write: self._logs.tell(model, LINES, write),
+        )
 
     async def has_route(self, request: web.Request) -> bool:
         """Whether there is something at a request's path."""

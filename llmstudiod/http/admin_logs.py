@@ -76,9 +76,10 @@ class AdminLogs:
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         """Send the last lines, then every new one, until the reader goes; a slow one loses lines, nobody waits."""
         model, limit = self._model(request), _limit(request, 50)
-        return await self._streams.answer(request, lambda write: self._copy(model, limit, write))
+        return await self._streams.answer(request, lambda write: self.tell(model, limit, write))
 
-    async def _copy(self, model: str, limit: int, write: Write) -> None:
+    async def tell(self, model: str, limit: int, write: Write) -> None:
+        """Write the last lines, then every new one."""
         async with contextlib.aclosing(self._launcher.follow(model, limit=limit)) as lines:  # type: ignore[type-var]
             async for line in lines:
                 await write(event_bytes("log", {"line": line}))

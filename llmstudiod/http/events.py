@@ -1,14 +1,15 @@
 """The event stream: what happens to the models, as server-sent events.
 
 A subscriber first gets what it has missed since ``Last-Event-ID``, as far as that is still known, and a snapshot. Each
-has a queue of its own; whoever does not read in time is cut off and may come back, and nobody else notices.
+has a queue of its own; whoever does not read in time is cut off and may come back, and nobody else notices. Whoever
+names a model gets its slots, its last hour and its log by the same stream: a browser has few connections to spend.
 """
 
 import asyncio
 import re
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -32,10 +33,23 @@ _STAGES = {
 }
 
 
-class Events:
-    """Keeps the last events and passes new ones on. ``snapshot`` returns what a new subscriber sees first."""
+Copy = Callable[[Write], Coroutine[Any, Any, None]]
+"""Writes a part of a stream for as long as it lasts."""
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], streams: Streams) -> None:
+
+class Events:
+    """Keeps the last events and passes new ones on.
+
+    ``snapshot`` returns what a new subscriber sees first, ``along`` what else is told to one who names a model.
+    """
+
+    def __init__(
+        self,
+        snapshot: Callable[[], dict[str, Any]],
+        streams: Streams,
+        along: Callable[[str], Sequence[Copy]] = lambda _: (),
+    ) -> None:
+        self._along = along
         self._snapshot = snapshot
         self._streams = streams
         self._n_published = 0
@@ -110,12 +124,23 @@ class Events:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Send events until the subscriber goes."""
-        last = request.headers.get("Last-Event-ID", "")
-        return await self._streams.answer(request, lambda write: self._copy(last, write))
+        last, model = request.headers.get("Last-Event-ID", ""), request.query.get("model")
+        along = self._along(model) if model else ()
+        return await self._streams.answer(request, lambda write: self._copy_all(last, along, write))
 
     async def stats(self, _: web.Request) -> web.Response:
         """Answer how many read along, in vllm-studio's words."""
         return json_response({"total_events_published": self._n_published, "channels": {"default": len(self._queues)}})
+
+    async def _copy_all(self, last: str, along: Sequence[Copy], write: Write) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                others = [group.create_task(copy(write)) for copy in along]
+                await self._copy(last, write)
+                for other in others:
+                    _ = other.cancel()
+        except* ConnectionError as gone:
+            raise ConnectionAbortedError("the reader has left") from gone
 
     async def _copy(self, last: str, write: Write) -> None:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)

@@ -89,9 +89,10 @@ class Instances:
     async def _live(self, request: web.Request) -> web.StreamResponse:
         """Send what the slots do, and the last hour, whenever they change."""
         model = self._supervisor.catalogue.resolve(request.match_info["id"])
-        return await self._streams.answer(request, lambda write: self._tell_live(model, write))
+        return await self._streams.answer(request, lambda write: self.tell_live(model, write))
 
-    async def _tell_live(self, model: str, write: Write) -> None:
+    async def tell_live(self, model: str, write: Write) -> None:
+        """Write what the slots do, and the last hour, whenever they change."""
         told: dict[str, object] = {}
         while True:
             now = {"slots": await self._slot_table(model), "history": self._figures.history(model)}

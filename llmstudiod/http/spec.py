@@ -42,6 +42,7 @@ class Operation:
 
 
 _FORCE = Query("force", _TRUTH, "do not wait for requests in flight")
+_MODEL = Query("model", {"type": "string"}, "whose slots and log are told as well")
 _LIMIT = Query("limit", {"type": "integer", "minimum": 0, "maximum": 20000}, "lines")
 _TRUSTED = Query("trusted", _TRUTH, "judge it as a file that root writes by hand")
 _N_TOKENS = {"type": "integer", "minimum": 1, "maximum": 100000}
@@ -125,7 +126,11 @@ OPERATIONS = (
         {200: EVENTS, 400: s.Problem, 404: s.Problem},
         query=(_LIMIT,),
     ),
-    Operation("get", "/events", "what happens, as it happens; begins with a snapshot", {200: EVENTS}),
+    Operation(
+        "get", "/events", "what happens, as it happens; begins with a snapshot; of one model its slots and log too",
+        {200: EVENTS},
+        query=(_MODEL,),
+    ),
     Operation("get", "/events/stats", "how many read along", {200: s.EventStats}),
     Operation("get", "/metrics", "Prometheus' text format", {200: TEXT}),
     Operation("get", "/usage", "what was used", {200: s.Usage}),

@@ -82,17 +82,19 @@ class _Reader:
         self._request = request
         self._response = response
         self._write_s = write_s
+        self._writing = asyncio.Lock()
         self.is_behind = False
 
     async def write(self, data: bytes) -> None:
         """Write a part of the stream, and wait until there is room for the next."""
-        self.is_behind = True
-        try:
-            async with asyncio.timeout(self._write_s):
-                await self._response.write(data)
-        except TimeoutError:
-            raise ConnectionAbortedError("the reader does not read") from None
-        self.is_behind = False
+        async with self._writing:
+            self.is_behind = True
+            try:
+                async with asyncio.timeout(self._write_s):
+                    await self._response.write(data)
+            except TimeoutError:
+                raise ConnectionAbortedError("the reader does not read") from None
+            self.is_behind = False
 
     async def end(self) -> None:
         """Tell that the stream is over, to whoever takes it in a moment; drop the connection of anybody else.

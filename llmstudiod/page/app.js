@@ -1,7 +1,7 @@
 // The frame: navigation, signing in, messages; each page is loaded when it is first opened.
 
-import store, { connect, disconnect, get, listen, onSignedOut, post } from "./data.js";
-import { h, mark, put, say } from "./ui.js";
+import store, { connect, disconnect, listen, onSignedOut, post, takeNews } from "./data.js";
+import { clearNotes, h, mark, note, put, say } from "./ui.js";
 import * as overview from "./overview.js";
 
 const PAGES = [
@@ -16,9 +16,14 @@ const LOADERS = {
   keys: () => import("./keys.js"),
   settings: () => import("./settings.js"),
 };
+const PRELOAD_MS = 3000;  // so that a page can still be opened while the daemon is away
 const main = document.getElementById("main");
+const sessions = new BroadcastChannel("llmstudio-session");
+const scrolled = new Map();
 let leave = () => {};
 let isSignedIn = false;
+let shown = null;
+let asked = 0;
 
 function place() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
@@ -37,34 +42,65 @@ function drawNav(name) {
 
 async function show({ isFirst = false } = {}) {
   if (!isSignedIn) return;
+  const mine = ++asked;
+  const hash = location.hash;
   const { name, id, query } = place();
-  const load = LOADERS[name];
+  let view = null, isAway = false;
+  try {
+    view = await LOADERS[name]?.();
+  } catch {
+    isAway = true;
+  }
+  if (mine !== asked || !isSignedIn) return;  // somebody has gone on meanwhile
+  if (shown !== null) scrolled.set(shown, window.scrollY);
   leave();
   leave = () => {};
+  if (!isFirst) clearNotes();
   drawNav(name);
-  if (!load) { put(main, h("h1", {}, "There is no such page"), h("p", {}, h("a", { href: "#/" }, "To the models"))); return; }
-  const view = await load();
-  leave = view.show(main, { id, query }) ?? (() => {});
-  const title = main.querySelector("h1")?.textContent ?? "Models";
-  document.title = `${title} – llmstudiod`;
+  shown = isAway ? null : hash;
+  if (isAway) put(main, h("h1", {}, "The daemon cannot be reached"), h("p", { class: "quiet" }, "This page comes as soon as it answers again."));
+  else if (!view) put(main, h("h1", {}, "There is no such page"), h("p", {}, h("a", { href: "#/" }, "To the models")));
+  else leave = view.show(main, { id, query }) ?? (() => {});
+  drawTitle();
   if (!isFirst) main.focus({ preventScroll: true });
-  window.scrollTo(0, 0);
+  window.scrollTo(0, scrolled.get(hash) ?? 0);
+}
+
+function drawTitle() {
+  const title = main.querySelector("h1")?.textContent ?? "Models";
+  const all = [...store.instances.values()];
+  const nLoading = all.filter((item) => ["starting", "loading"].includes(item.state)).length;
+  const mine = `${nLoading ? `(${nLoading} loading) ` : ""}${title} – llmstudiod`;
+  if (isSignedIn && document.title !== mine) document.title = mine;
 }
 
 function drawLink() {
   const link = document.getElementById("link");
   mark(link, "data-state", store.link);
   say(link, store.link === "open" ? "live" : store.link === "lost" ? "connection lost, trying again …" : "");
+  if (store.link === "open" && shown === null) show();
 }
 
+/** Say aloud what became of loads, for those who do not see it. */
+function tellNews() {
+  const news = takeNews().map(([name, state, reason]) => (state === "failed" ? `${name} has failed: ${reason ?? ""}` : `${name} is ready`));
+  if (news.length) say(document.getElementById("news"), news.slice(-3).join(". "));
+}
+
+/** Ask to sign in, above the page: what was typed there is still there afterwards, and covered meanwhile. */
 async function signInPage(reason = "") {
-  if (isSignedIn) disconnect();
+  const wasSignedIn = isSignedIn;
+  disconnect();
   isSignedIn = false;
-  leave();
-  leave = () => {};
-  put(document.getElementById("nav"));
-  const { show: showSignIn } = await import("./signin.js");
-  showSignIn(main, { reason, done: start });
+  const { ask } = await import("./signin.js");
+  if (!wasSignedIn) { drawNav(null); put(document.getElementById("nav")); put(main); }
+  ask({ reason, done: () => (wasSignedIn ? resume() : start()) });
+}
+
+function resume() {
+  isSignedIn = true;
+  connect();
+  drawTitle();
 }
 
 /** Show the page as soon as the daemon has told what there is. */
@@ -75,6 +111,7 @@ function start() {
     if (!names.has("instances")) return;
     end();
     show({ isFirst: true });
+    setTimeout(() => { for (const load of Object.values(LOADERS)) load().catch(() => {}); }, PRELOAD_MS);
   });
 }
 
@@ -87,11 +124,33 @@ async function begin() {
     } catch (error) {
       return signInPage(error.message);
     }
+    (await import("./signin.js")).dismiss();
   }
   return start();
 }
 
+/** End the session here, and in every other tab. */
+export async function signOut() {
+  try {
+    await post("/sign-out", {});
+  } catch (error) {
+    note(error.message, { hint: error.hint, isError: true });
+    return;
+  }
+  sessions.postMessage("signed out");
+  location.reload();
+}
+
+sessions.onmessage = () => location.reload();
 onSignedOut(() => { if (isSignedIn) signInPage(store.instances.size ? "You are signed out." : ""); });
 window.addEventListener("hashchange", () => (/^#code=/.test(location.hash) ? begin() : show()));
-listen((names) => { if (names.has("link")) drawLink(); });
+document.addEventListener("keydown", (event) => {
+  const isTyping = event.target.closest?.("input, textarea, select, dialog") || event.ctrlKey || event.metaKey || event.altKey;
+  const field = main.querySelector('input[type="search"]');
+  if (event.key === "/" && !isTyping && field) { event.preventDefault(); field.focus(); }
+});
+listen((names) => {
+  if (names.has("link")) drawLink();
+  if (names.has("instances")) { tellNews(); drawTitle(); }
+});
 begin();

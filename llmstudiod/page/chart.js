@@ -9,8 +9,8 @@ function points(values, most) {
     : [(number / Math.max(1, values.length - 1)) * WIDTH, HEIGHT - PAD - (value / most) * (HEIGHT - 2 * PAD)]);
 }
 
-/** Return a figure of a course; a gap is where nothing is known. */
-export function course(title, values, write) {
+/** Return a figure of a course over the last hour; a gap is where nothing is known. ``from``: since 1970. */
+export function course(title, values, write, { from, step_s: step }) {
   const known = values.filter((value) => value !== null && value !== undefined);
   const most = Math.max(...known, 1e-9);
   const runs = [];
@@ -20,9 +20,10 @@ export function course(title, values, write) {
     else if (run.length) { runs.push(run); run = []; }
   }
   if (run.length) runs.push(run);
-  const text = known.length ? `${title}: now ${write(values.at(-1) ?? known.at(-1))}, most ${write(Math.max(...known))}` : `${title}: nothing in the last hour`;
-  return h("figure", {},
-    h("figcaption", {}, h("span", {}, title), h("span", {}, known.length ? `last ${write(known.at(-1))} · most ${write(Math.max(...known))}` : "nothing yet")),
+  const text = known.length ? `${title}: now ${write(values.at(-1) ?? known.at(-1))}, most ${write(Math.max(...known))}` : title;
+  const head = h("figcaption", {}, h("span", {}, title), h("span", {}, known.length ? `last ${write(known.at(-1))} · most ${write(Math.max(...known))}` : "nothing yet"));
+  if (!known.length) return h("figure", { class: "bare" }, head);
+  return h("figure", {}, head,
     s("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": text },
       s("line", { class: "base", x1: 0, x2: WIDTH, y1: HEIGHT - PAD, y2: HEIGHT - PAD }),
       runs.map((each) => {
@@ -32,8 +33,11 @@ export function course(title, values, write) {
           s("polygon", { class: "area", points: `${each[0][0]},${HEIGHT - PAD} ${line} ${each.at(-1)[0]},${HEIGHT - PAD}` }),
           s("polyline", { class: "course", points: line }),
         ];
-      })));
+      })),
+    h("div", { class: "scale" }, h("span", {}, hour(from)), h("span", {}, hour(from + (step * values.length) / 2)), h("span", {}, "now")));
 }
+
+function hour(at) { return new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }); }
 
 /** Return a figure of bars with their names. */
 export function bars(title, items, write) {
@@ -47,8 +51,9 @@ export function bars(title, items, write) {
         const height = (item.value / most) * (HEIGHT - 2 * PAD);
         return s("rect", { class: "bar", x: number * step + step * 0.12, width: step * 0.76, y: HEIGHT - PAD - height, height },
           s("title", {}, `${item.name}: ${write(item.value)}`));
-      })));
+      })),
+    h("div", { class: "scale" }, h("span", {}, items[0]?.name ?? ""), h("span", {}, items[Math.floor(items.length / 2)]?.name ?? ""), h("span", {}, items.at(-1)?.name ?? "")));
 }
 
 /** Replace what a place shows. */
-export function draw(place, ...figures) { put(place, figures); }
+export function draw(place, ...figures) { put(place, ...figures); }

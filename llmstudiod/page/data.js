@@ -86,10 +86,15 @@ export class Stream {
 
 // What the page knows
 
-const store = { instances: new Map(), gpus: null, metrics: null, status: null, link: "wait", progress: new Map() };
+const store = { instances: new Map(), gpus: null, metrics: null, status: null, link: "wait" };
 const listeners = new Set();
 let stream = null;
 let isTold = false;
+let wasAway = false;
+let followed = null;
+let opening = 0, leaving = 0;
+let isWanted = false;
+const HIDDEN_MS = 1000;
 
 export default store;
 
@@ -116,7 +121,8 @@ function tell(name) {
 }
 
 function takeAll({ instances }) {
-  if (store.instances.size) tell("reloaded");  // who was away may have missed it
+  if (wasAway) tell("reloaded");  // it may have been told meanwhile
+  wasAway = false;
   store.instances = new Map(instances.map((item) => [item.id, item]));
   tell("instances");
 }
@@ -127,26 +133,41 @@ function takeSome({ instances, removed }) {
   tell("instances");
 }
 
+const STATES = { launching: "starting", waiting: "loading", ready: "ready", evicting: "draining", stopping: "stopping", stopped: "stopped", cancelled: "stopped", error: "failed" };
+
 function takeProgress({ recipe_id: id, stage, progress, message }) {
   const item = store.instances.get(id);
   if (!item) return;
-  const state = { launching: "starting", waiting: "loading", ready: "ready", evicting: "draining", stopping: "stopping", stopped: "stopped", cancelled: "stopped", error: "failed" }[stage];
-  const since = state && state !== item.state ? Date.now() / 1000 : item.since;
-  store.instances.set(id, { ...item, state: state ?? item.state, since, progress, stage: message });
+  const state = STATES[stage] ?? item.state;
+  const since = state === item.state ? item.since : Date.now() / 1000;
+  store.instances.set(id, { ...item, state, since, progress, stage: message });
   tell("instances");
 }
+
+const news = [];
+
+/** Return what has happened since this was asked last, to be said aloud: [[name, state, reason]]. */
+export function takeNews() { return news.splice(0); }
 
 function takeTransition({ id, to, failure }) {
   const item = store.instances.get(id);
-  if (!item || to !== "failed" || !failure) return;
-  store.instances.set(id, { ...item, state: to, reason: failure.message, kind: failure.kind, hint: failure.hint, last_lines: failure.lines });
+  if (!item) return;
+  if (to === "failed" && failure) store.instances.set(id, { ...item, state: to, reason: failure.message, kind: failure.kind, hint: failure.hint, last_lines: failure.lines });
+  if (to === "failed" || to === "ready") news.push([item.name, to, failure?.message]);
   tell("instances");
 }
 
-/** Begin to read along. */
+/**
+ * Begin to read along. One stream for all: a browser has six connections for a host, and six tabs must not use them
+ * up. So a tab that nobody sees has none, and what is read of one model comes by the same.
+ */
 export function connect() {
+  isWanted = true;
   stream?.close();
-  stream = new Stream("/events", {
+  stream = null;
+  if (document.hidden) { wasAway = true; return; }
+  const path = followed ? `/events?model=${encodeURIComponent(followed.id)}` : "/events";
+  stream = new Stream(path, {
     snapshot: takeAll,
     instances: takeSome,
     launch_progress: takeProgress,
@@ -155,12 +176,38 @@ export function connect() {
     metrics: (data) => { store.metrics = data; tell("metrics"); },
     status: (data) => { store.status = data; tell("status"); },
     reloaded: () => tell("reloaded"),
-  }, { onState: (state) => { store.link = state; tell("link"); } });
+    ...followed?.handlers,
+  }, {
+    onState: (state) => {
+      if (state === "lost") wasAway = true;
+      if (state === "open") followed?.onOpen?.();
+      store.link = state;
+      tell("link");
+    },
+  });
+}
+
+/** Read along what one model does, too; returns how to end that. */
+export function follow(id, handlers, onOpen) {
+  const mine = { id, handlers, onOpen };
+  const reopen = () => { clearTimeout(opening); opening = setTimeout(() => { if (isWanted) connect(); }); };
+  followed = mine;
+  reopen();
+  return () => { if (followed === mine) { followed = null; reopen(); } };
 }
 
 export function disconnect() {
+  isWanted = false;
+  clearTimeout(opening);
   stream?.close();
   stream = null;
   store.link = "wait";
   tell("link");
 }
+
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(leaving);
+  if (!isWanted) return;
+  if (!document.hidden) { if (!stream) connect(); return; }
+  leaving = setTimeout(() => { stream?.close(); stream = null; wasAway = true; }, HIDDEN_MS);
+});

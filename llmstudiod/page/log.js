@@ -1,28 +1,39 @@
 // A model's log as it is written: follow it, search it, show what matters.
 
-import { Stream, at } from "./data.js";
-import { h, mark } from "./ui.js";
+import { copyButton, h, mark, say } from "./ui.js";
 
-const MOST = 3000, AT_ONCE = 100;
+const MOST = 3000, AT_ONCE = 100, NEAR_END = 24;
 // llama-server's own levels, the third word of a line: 0.01.234.567 I srv …
 const LEVEL = /^\s*[\d.]+\s+([DIWE])\s/;
+// What is printed past its log: by the C++ runtime, by CUDA, by ggml's assertions, before the log is set up.
+const RAW_ERROR = /^(error: |main: error|terminate called|CUDA error|ROCm error|.*: CUDA error|.*GGML_ASSERT\(|ggml_cuda.*(fail|error)|Segmentation fault)/;
+const COLOURS = /\u001b\[[0-9;?]*[ -/]*[@-~]/g;
 
-/** Return a view of a log and how to end it. */
+/** Return a view of a log, and what takes a line of it. */
 export function logView(id) {
   let isFollowing = true;
+  let isNew = false;
   let waiting = [];
   let isDue = false;
   const lines = [];
-  const box = h("div", { class: "log mono", tabindex: 0, role: "log", "aria-label": `Log of ${id}`, "aria-live": "off" });
+  const none = h("p", { class: "quiet" }, "It has written nothing yet.");
+  const box = h("div", { class: "log mono", tabindex: 0, role: "log", "aria-label": `Log of ${id}`, "aria-live": "off", onscroll: () => scrolled() });
   const search = h("input", { type: "search", placeholder: "Search the log", "aria-label": "Search the log", oninput: () => filter() });
   const level = h("select", { "aria-label": "Which lines", onchange: () => filter() },
     [["", "All lines"], ["W", "Warnings and errors"], ["E", "Errors"]].map(([value, text]) => h("option", { value }, text)));
   const follow = h("button", { type: "button", "aria-pressed": "true", onclick: () => setFollow(!isFollowing) }, "Follow");
+  const copy = copyButton(() => lines.filter(isShown).map((line) => line.text).join("\n"));
 
   function setFollow(value) {
     isFollowing = value;
     mark(follow, "aria-pressed", String(value));
-    if (value) box.scrollTop = box.scrollHeight;
+    if (value) toEnd();
+  }
+  function toEnd() { box.scrollTop = box.scrollHeight; }
+  /** Whoever scrolls away, by whatever means, wants to read there; whoever comes back to the end follows again. */
+  function scrolled() {
+    const isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < NEAR_END;
+    if (isAtEnd !== isFollowing) { isFollowing = isAtEnd; mark(follow, "aria-pressed", String(isAtEnd)); }
   }
   function isShown(line) {
     const word = search.value.trim().toLowerCase();
@@ -31,7 +42,12 @@ export function logView(id) {
   }
   function filter() {
     for (const line of lines) line.element.hidden = !isShown(line);
-    if (isFollowing) box.scrollTop = box.scrollHeight;
+    tellNone();
+    if (isFollowing) toEnd();
+  }
+  function tellNone() {
+    none.hidden = lines.some((line) => !line.element.hidden);
+    say(none, lines.length ? "No line is like that." : "It has written nothing yet.");
   }
   function take(text) {
     waiting.push(text);
@@ -40,31 +56,29 @@ export function logView(id) {
     isDue = true;
     setTimeout(flush, 60);
   }
+  function levelOf(text) {
+    return LEVEL.exec(text)?.[1] ?? (RAW_ERROR.test(text) ? "E" : "I");
+  }
   function flush() {
     isDue = false;
-    const batch = waiting.splice(0, AT_ONCE).map((text) => {
-      const found = LEVEL.exec(text)?.[1] ?? "I";
-      const line = { text, level: found, element: h("div", { "data-level": found }, text) };
+    if (isNew) { lines.length = 0; box.replaceChildren(none); isNew = false; }  // it begins with the last lines again
+    const batch = waiting.splice(0, AT_ONCE).map((raw) => {
+      const text = raw.replace(COLOURS, "");
+      const line = { text, level: levelOf(text), element: h("div", {}, text) };
+      mark(line.element, "data-level", line.level);
       line.element.hidden = !isShown(line);
       return line;
     });
     lines.push(...batch);
+    const wasFollowing = isFollowing;
     box.append(...batch.map((line) => line.element));
     for (const line of lines.splice(0, Math.max(0, lines.length - MOST))) line.element.remove();
-    if (isFollowing) box.scrollTop = box.scrollHeight;
+    tellNone();
+    if (wasFollowing) toEnd();
     if (waiting.length) { isDue = true; setTimeout(flush, 30); }
   }
-  box.addEventListener("wheel", (event) => { if (event.deltaY < 0) setFollow(false); }, { passive: true });
-  box.addEventListener("keydown", (event) => { if (["ArrowUp", "PageUp", "Home"].includes(event.key)) setFollow(false); });
 
-  let isNew = true;
-  const stream = new Stream(`${at("logs", id, "stream")}?limit=500`, { log: (data) => take(data.line) }, {
-    onState: (state) => {
-      if (state !== "open") return;
-      if (!isNew) { lines.length = 0; box.replaceChildren(); }  // it begins with the last lines again
-      isNew = false;
-    },
-  });
-  const element = h("div", {}, h("div", { class: "row" }, h("div", {}, search), h("div", {}, level), follow), box);
-  return { element, end: () => stream.close() };
+  box.append(none);
+  const element = h("div", {}, h("div", { class: "row" }, search, level, follow, copy), box);
+  return { element, take, begin: () => { isNew = lines.length > 0; } };
 }

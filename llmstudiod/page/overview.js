@@ -1,96 +1,108 @@
 // Every model with what it does and what can be done with it, and the devices that they share.
 
 import store, { at, get, listen, post } from "./data.js";
-import { ago, arrange, attempt, button, bytes, clock, count, h, mark, milliseconds, note, put, rate, say } from "./ui.js";
+import { ago, arrange, attempt, button, bytes, clock, count, h, mark, milliseconds, note, plural, put, rate, say } from "./ui.js";
 
 const UP = new Set(["ready", "draining"]);
 const COMING = new Set(["starting", "loading"]);
+const SETTLE_MS = 400;
+const OTHERS = "other programs";
 
 /** Return what a model's state allows, as [word, action, attributes]. */
 export function actionsOf(item) {
   const id = item.id;
   const list = [];
   if (COMING.has(item.state)) list.push(["Cancel", () => post(at("launch", id, "cancel")), {}]);
-  else if (!UP.has(item.state) && item.state !== "stopping") list.push(["Load", () => post(`${at("launch", id)}?wait=false`), { class: "main" }]);
+  else if (!UP.has(item.state) && item.state !== "stopping") list.push(["Load", () => post(`${at("launch", id)}?wait=false`), {}]);
   if (UP.has(item.state)) list.push(["Unload", () => unload(item), {}]);
-  if (item.is_pinned) list.push(["Unpin", () => post(at("instances", id, "unpin")), {}]);
-  else list.push(["Pin", () => post(at("instances", id, "pin")), { title: "Keep it loaded: it is not evicted and not unloaded for idleness" }]);
+  if (UP.has(item.state) && item.is_stale) list.push(["Restart", () => restart(item), { title: "Its recipe has changed, and counts from the next start on" }]);
+  const keep = "Keep it loaded: it is not evicted and not unloaded for idleness";
+  if (item.is_pinned) list.push(["Unpin", () => post(at("instances", id, "unpin")), { title: "Let it be evicted and unloaded like others" }]);
+  else list.push(["Pin", () => post(at("instances", id, "pin")), { title: UP.has(item.state) ? keep : `${keep}. It is loaded now` }]);
   if (item.failures > 0 || item.state === "failed") list.push(["Reset", () => post(at("instances", id, "reset")), { title: "Forget its failures" }]);
   return list;
 }
 
+async function restart(item) {
+  await post(at("evict", item.id));
+  return post(`${at("launch", item.id)}?wait=false`);
+}
+
 function unload(item) {
-  if (item.in_flight > 0) note(`${item.id} goes when its ${item.in_flight} requests are answered`);
+  if (item.in_flight > 0) note(`${item.name} goes when its ${plural(item.in_flight, "request")} ${item.in_flight === 1 ? "is" : "are"} answered`);
   return post(at("evict", item.id));
 }
+
+// Rows stay where they are under a pointer; a finger has none, so what it hits just after they moved was not meant.
+const isTouched = matchMedia("(hover: none)").matches;
+let movedAt = -Infinity;
 
 /** Return the buttons for a model. */
 export function actionButtons(item) {
   return actionsOf(item).map(([word, action, attributes]) =>
-    button(word, (event) => attempt(action, { control: event.currentTarget }), { ...attributes, "aria-label": `${word} ${item.name}` }));
+    button(word, (event) => { if (!isTouched || performance.now() - movedAt > SETTLE_MS) attempt(action, { control: event.currentTarget }); },
+      { ...attributes, "data-word": word, "aria-label": `${word} ${item.name}` }));
 }
 
 // Devices
 
-/** Return a colour for a model, by its place among all of them: no two are alike, and neighbours are far apart. */
+/** Return a colour for a model; it is the same on every page and every day. */
 export function colour(name) {
-  const place = [...store.instances.keys()].sort().indexOf(name) + 1;
-  return `hsl(${Math.round(place * 137.5) % 360} 45% ${48 + 8 * (place % 3)}%)`;
+  let hash = 2166136261;
+  for (const letter of name) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619) >>> 0;
+  return `hsl(${hash % 360} ${42 + (hash >>> 9) % 24}% ${44 + (hash >>> 17) % 16}%)`;
 }
 
 function bar({ title, facts, total, parts, label }) {
   const known = parts.filter((part) => part.size > 0);
+  const free = bytes(Math.max(0, total - known.reduce((sum, part) => sum + part.size, 0)));
   return h("div", { class: "device" },
     h("div", { class: "device-head" }, h("strong", {}, title), h("span", { class: "quiet small" }, facts)),
     h("div", { class: "meter", role: "img", "aria-label": label },
       known.map((part) => h("span", { style: { width: `${Math.min(100, (100 * part.size) / total)}%`, background: part.colour }, title: `${part.name}: ${bytes(part.size)}` }))),
     h("ul", { class: "legend" },
       known.map((part) => h("li", {}, h("i", { style: { background: part.colour } }), `${part.name} ${bytes(part.size)}`)),
-      h("li", { class: "quiet" }, `free ${bytes(Math.max(0, total - known.reduce((sum, part) => sum + part.size, 0)))}`)));
+      h("li", { class: "quiet" }, `free ${free} of ${bytes(total)}`)));
 }
 
-function shares(processes, promised) {
+/** Return who holds how much, by name: models, and all that is none of ours together. */
+function shares(gpu) {
   const held = new Map();
-  for (const each of processes) {
-    const name = each.model ?? "other programs";
-    held.set(name, (held.get(name) ?? 0) + (each.memory_used ?? 0));
-  }
-  for (const each of promised) if (!held.get(each.id)) held.set(each.id, each.memory);
+  const add = (name, size) => held.set(name, (held.get(name) ?? 0) + size);
+  for (const each of gpu.processes) add(each.model && store.instances.has(each.model) ? each.model : OTHERS, each.memory_used ?? 0);
+  for (const each of gpu.promised) if (!held.get(each.id)) add(each.id, each.memory);
+  const known = [...held.values()].reduce((sum, size) => sum + size, 0);
+  if (gpu.memory_used > known) add(OTHERS, gpu.memory_used - known);
   return held;
 }
 
-function part(name, size) {
-  return { name, size, colour: name === "other programs" ? "var(--soft)" : colour(name) };
+function parts(held) {
+  const mine = [...held].filter(([name]) => name !== OTHERS).map(([name, size]) => ({ name, size, colour: colour(name) }));
+  return held.has(OTHERS) ? [...mine, { name: OTHERS, size: held.get(OTHERS), colour: "var(--soft)" }] : mine;
 }
 
 /** Draw what the daemon told of the machine. */
 export function drawDevices(place, machine, instances) {
   if (!machine) return;
   const bars = machine.gpus.map((gpu) => {
-    const held = shares(gpu.processes, gpu.promised);
-    const known = [...held.values()].reduce((sum, size) => sum + size, 0);
-    const parts = [...held].map(([name, size]) => part(name, size));
-    if (gpu.memory_used > known) parts.push(part("other programs", gpu.memory_used - known));
     const facts = [
       gpu.utilization === null ? null : `${gpu.utilization} % busy`,
       gpu.temperature === null ? null : `${gpu.temperature} °C`,
       gpu.power_draw === null ? null : `${Math.round(gpu.power_draw)} W`,
-      `${bytes(gpu.memory_total)}`,
     ].filter(Boolean).join(" · ");
-    return bar({ title: `GPU ${gpu.index} ${gpu.name}`, facts, total: gpu.memory_total || 1, parts, label: `${bytes(gpu.memory_used)} of ${bytes(gpu.memory_total)} in use` });
+    return bar({ title: `GPU ${gpu.index} ${gpu.name}`, facts, total: gpu.memory_total || 1, parts: parts(shares(gpu)), label: `${bytes(gpu.memory_used)} of ${bytes(gpu.memory_total)} in use` });
   });
   const host = machine.host;
-  const models = [...instances.values()].filter((item) => item.memory?.measured);
-  const held = models.reduce((sum, item) => sum + item.memory.measured, 0);
-  const parts = models.map((item) => part(item.id, item.memory.measured));
-  if (host.memory_used > held) parts.push(part("other programs", host.memory_used - held));
-  bars.push(bar({ title: "RAM", facts: bytes(host.memory_total), total: host.memory_total || 1, parts, label: `${bytes(host.memory_used)} of ${bytes(host.memory_total)} in use` }));
-  put(place, bars, machine.faults.map((fault) => h("p", { class: "why warn" }, fault)));
+  const held = new Map([...instances.values()].filter((item) => item.memory?.measured).map((item) => [item.id, item.memory.measured]));
+  const others = host.memory_used - [...held.values()].reduce((sum, size) => sum + size, 0);
+  if (others > 0) held.set(OTHERS, others);
+  bars.push(bar({ title: "RAM", facts: "", total: host.memory_total || 1, parts: parts(held), label: `${bytes(host.memory_used)} of ${bytes(host.memory_total)} in use` }));
+  put(place, h("div", { class: "devices" }, bars), machine.faults.map((fault) => h("p", { class: "why warn" }, fault)));
 }
 
 /** Return what a model holds of the GPUs: measured where the driver tells, promised elsewhere; 0 without any. */
-function onGpus(id) {
-  return (store.gpus?.gpus ?? []).reduce((sum, gpu) => sum + (shares(gpu.processes, gpu.promised).get(id) ?? 0), 0);
+export function onGpus(id) {
+  return (store.gpus?.gpus ?? []).reduce((sum, gpu) => sum + (shares(gpu).get(id) ?? 0), 0);
 }
 
 // The list
@@ -110,7 +122,7 @@ class Row {
     this.since = h("span", { class: "quiet small" });
     this.progress = h("progress", { max: 1, hidden: true });
     this.stage = h("span", { class: "quiet small" });
-    this.cells = ["Requests", "Tokens/s", "First token", "Context", "Memory"].map((title) => cell({ class: "number", "data-title": title }));
+    this.cells = HEADS.slice(2).map((title) => cell({ class: "number", "data-title": title }));
     this.requests = h("div");
     this.waiting = h("div", { class: "quiet small" });
     this.cells[0].append(this.requests, this.waiting);
@@ -149,15 +161,19 @@ class Row {
     else this.progress.removeAttribute("value");
     say(this.stage, isComing ? [item.progress ? `${Math.round(item.progress * 100)} %` : "", item.stage ?? ""].filter(Boolean).join(" ") : "");
     say(this.requests, item.in_flight ? `${item.in_flight}${item.slots ? ` of ${item.slots}` : ""}` : item.queued ? "" : "–");
+    this.requests.hidden = !this.requests.textContent;
+    this.waiting.hidden = !item.queued;
     say(this.waiting, item.queued ? `${item.queued} waiting` : "");
     [rate(item.tokens_per_second), milliseconds(item.ttft_ms), count(item.n_ctx)].forEach((text, number) => say(this.cells[number + 1], text));
     this.weigh();
-    const key = [item.state, item.is_pinned, item.failures, item.in_flight > 0].join();
+    for (const each of this.cells) each.classList.toggle("none", ["", "–"].includes(each.textContent));
+    this.element.classList.toggle("at-rest", item.state === "stopped");
+    const key = [item.state, item.is_pinned, item.is_stale, item.failures, item.in_flight, item.name].join();
     if (key !== this.key) {
       this.key = key;
-      const focused = this.actions.contains(document.activeElement) ? [...this.actions.children].indexOf(document.activeElement) : -1;
+      const focused = this.actions.contains(document.activeElement) ? document.activeElement.dataset.word : null;
       put(this.actions, actionButtons(item));
-      if (focused >= 0) this.actions.children[Math.min(focused, this.actions.children.length - 1)]?.focus();
+      if (focused) (this.actions.querySelector(`[data-word="${focused}"]`) ?? this.actions.firstChild)?.focus();
     }
     this.explain(item);
   }
@@ -189,25 +205,58 @@ class Row {
   }
 }
 
-export function show(main) {
+const HEADS = ["Model", "State", "Requests", "Tokens/s", "First token", "Context", "Memory"];
+
+/** Return what there is to do where there is no model yet. */
+function beginning() {
+  const place = h("div", { class: "beginning" }, h("h2", {}, "No models yet"),
+    h("p", {}, "Put a GGUF into a model directory, and it is here in a moment. Or say more about it in a recipe."));
+  get("/config").then(({ settings }) => place.append(h("ul", {}, settings.model_dirs.map((path) => h("li", {}, h("code", {}, path)))),
+    h("p", { class: "row" }, h("a", { class: "button main", href: "#/recipe" }, "New recipe"))), () => {});
+  return place;
+}
+
+export function show(main, { query }) {
   const rows = new Map();
   const body = h("tbody", { role: "rowgroup" });
-  const search = h("input", { type: "search", placeholder: "Find a model", "aria-label": "Find a model", oninput: () => draw() });
-  const only = h("select", { "aria-label": "Which models", onchange: () => draw() },
+  const search = h("input", { type: "search", placeholder: "Find a model", "aria-label": "Find a model", value: query.get("q") ?? "", title: "Press / to come here", oninput: () => narrow() });
+  const only = h("select", { "aria-label": "Which models", onchange: () => narrow() },
     [["all", "All models"], ["up", "Loaded"], ["failed", "Failed"]].map(([value, text]) => h("option", { value }, text)));
+  if (query.has("only")) only.value = query.get("only");
   const devices = h("div", {}, h("p", { class: "quiet" }, "Measuring …"));
-  const empty = h("p", { class: "quiet" });
+  const empty = h("div", {});
   const summary = h("p", { class: "quiet" });
-  const heads = ["Model", "State", "Requests", "Tokens/s", "First token", "Context", "Memory"];
+  // Rows are grids, of which the browser draws those in sight alone; roles tell what they were.
+  const table = h("table", { class: "models", role: "table", onpointerleave: () => draw(), onfocusout: () => setTimeout(draw) },
+    h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, HEADS.map((text, number) => h("th", { role: "columnheader", class: number > 1 ? "number" : null }, text)), h("th", { role: "columnheader" }, h("span", { class: "hidden" }, "Actions")))),
+    body);
   put(main,
-    h("div", { class: "head" }, h("div", {}, h("h1", {}, "Models"), summary), h("div", { class: "row" }, only, search)),
-    h("section", { class: "sheet", "aria-label": "Devices" }, devices),
-    h("section", { class: "sheet", "aria-label": "Models" }, empty,
-      // Rows are grids, of which the browser draws those in sight alone; roles tell what they were.
-      h("table", { class: "models", role: "table" },
-        h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads.map((text, number) => h("th", { role: "columnheader", class: number > 1 ? "number" : null }, text)), h("th", { role: "columnheader" }, h("span", { class: "hidden" }, "Actions")))),
-        body)));
+    h("div", { class: "head" }, h("div", {}, h("h1", {}, "Models"), summary), h("div", { class: "row finding" }, only, search)),
+    h("div", { class: "overview" },
+      h("section", { class: "sheet", "aria-label": "Devices" }, devices),
+      h("section", { class: "sheet", "aria-label": "Models" }, empty, table)));
 
+  /** Keep what was looked for in the address, so that it is there when somebody comes back. */
+  function narrow() {
+    const words = new URLSearchParams([["q", search.value.trim()], ["only", only.value === "all" ? "" : only.value]].filter(([, value]) => value));
+    history.replaceState(null, "", words.size ? `#/?${words}` : "#/");
+    draw();
+  }
+
+  /** Return the models in their order. Nothing moves under a pointer, a finger or the keyboard's focus. */
+  function ordered(wanted) {
+    const isHeld = table.matches(":hover") || table.contains(document.activeElement);
+    if (!isHeld || !places.size) {
+      const sorted = [...store.instances.values()].sort((a, b) => ORDER.indexOf(a.state) - ORDER.indexOf(b.state) || a.id.localeCompare(b.id));
+      const now = new Map(sorted.map((item, number) => [item.id, number]));
+      if (places.size && sorted.some((item) => places.has(item.id) && places.get(item.id) !== now.get(item.id))) movedAt = performance.now();
+      places = now;
+    }
+    const last = places.size;
+    return wanted.sort((a, b) => (places.get(a.id) ?? last) - (places.get(b.id) ?? last));
+  }
+
+  let places = new Map();
   let more = 0;
   function draw() {
     clearTimeout(more);
@@ -215,8 +264,8 @@ export function show(main) {
     const isWanted = (item) =>
       (only.value === "all" || (only.value === "failed" ? item.state === "failed" : !["stopped", "failed"].includes(item.state))) &&
       (!word || item.id.includes(word) || item.name.toLowerCase().includes(word));
-    const wanted = [...store.instances.values()].filter(isWanted)
-      .sort((a, b) => ORDER.indexOf(a.state) - ORDER.indexOf(b.state) || a.id.localeCompare(b.id));
+    const all = [...store.instances.values()];
+    const wanted = ordered(all.filter(isWanted));
     const shown = [];
     let made = 0;
     for (const item of wanted) {
@@ -228,12 +277,22 @@ export function show(main) {
     }
     for (const id of rows.keys()) if (!store.instances.has(id)) rows.delete(id);
     arrange(body, shown);
-    const all = [...store.instances.values()];
-    const ready = all.filter((item) => item.state === "ready").length;
-    say(summary, `${all.length} ${all.length === 1 ? "model" : "models"}, ${ready} ready`);
-    empty.hidden = wanted.length > 0;
-    say(empty, all.length ? "No model is like that." : "No models yet: put a GGUF into a model directory (Settings names them), or make a recipe.");
+    summarise(all, wanted.length);
   }
+
+  function summarise(all, nShown) {
+    const nOf = (state) => all.filter((item) => item.state === state).length;
+    const rate_ = all.reduce((sum, item) => sum + (item.state === "ready" ? item.tokens_per_second ?? 0 : 0), 0);
+    const nBusy = all.reduce((sum, item) => sum + item.in_flight, 0);
+    const nWaiting = all.reduce((sum, item) => sum + item.queued, 0);
+    say(summary, [plural(all.length, "model"), `${nOf("ready")} ready`, nOf("failed") && `${nOf("failed")} failed`, nBusy && `${plural(nBusy, "request")} in flight`, nWaiting && `${nWaiting} waiting`, rate_ && `${rate(rate_)} tokens/s`].filter(Boolean).join(" · "));
+    table.hidden = nShown === 0;
+    empty.hidden = nShown > 0;
+    if (nShown > 0 || empty.dataset.of === String(all.length > 0)) return;
+    empty.dataset.of = String(all.length > 0);
+    put(empty, all.length ? h("p", { class: "quiet" }, "No model is like that.") : beginning());
+  }
+
   let held = "";
   function drawMachine() {
     const now = [...store.instances.values()].map((item) => item.memory?.measured ?? "").join();

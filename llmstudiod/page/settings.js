@@ -1,15 +1,28 @@
 // The settings in force, where each came from, and what is wrong with the files.
 
-import { get, listen, post } from "./data.js";
-import { attempt, button, h, put } from "./ui.js";
+import { get, listen } from "./data.js";
+import { signOut } from "./app.js";
+import { attempt, button, bytes, h, put, span } from "./ui.js";
 
 export function show(main) {
   const place = h("div", {}, h("p", { class: "quiet" }, "Asking …"));
-  const out = button("Sign out", async () => { await attempt(() => post("/sign-out", {})); location.reload(); });
+  const out = button("Sign out", signOut);
   put(main, h("div", { class: "head" }, h("h1", {}, "Settings"), out), place);
   const load = () => attempt(() => Promise.all([get("/config"), get("/status")])).then((found) => { if (found) draw(place, ...found); });
   load();
   return listen((names) => { if (names.has("reloaded")) load(); });
+}
+
+function written(value) { return typeof value === "string" ? value : JSON.stringify(value); }
+
+const ZERO = { idle_timeout: "never", exit_idle: "never", max_instances: "as many as fit", restart_limit: "no limit" };
+
+/** Return what a number means, where that is not plain to see. */
+function meaning(name, value) {
+  if (typeof value !== "number") return "";
+  if (value === 0) return ZERO[name] ? ` (${ZERO[name]})` : "";
+  if (name === "max_body") return ` (${bytes(value)})`;
+  return value >= 60 && /(timeout|window|interval|idle|keep)$/.test(name) ? ` (${span(value)})` : "";
 }
 
 function draw(place, config, status) {
@@ -25,5 +38,5 @@ function draw(place, config, status) {
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Settings" }, h("table", {},
         h("thead", {}, h("tr", {}, ["Setting", "Value", "From"].map((text) => h("th", { scope: "col" }, text)))),
         h("tbody", {}, Object.entries(config.settings).map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, name)),
-          h("td", { class: "mono" }, typeof value === "string" ? value : JSON.stringify(value)), h("td", { class: "quiet" }, config.sources[name] ?? "default"))))))));
+          h("td", {}, h("code", {}, written(value)), h("span", { class: "quiet" }, meaning(name, value))), h("td", { class: "quiet" }, config.sources[name] ?? "default"))))))));
 }

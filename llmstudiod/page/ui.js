@@ -57,6 +57,7 @@ export function say(element, text) {
 
 /** Set or remove an attribute where it differs. */
 export function mark(element, name, value) {
+  if (!element) return;
   if (value === null || value === undefined || value === false) {
     if (element.hasAttribute(name)) element.removeAttribute(name);
   } else if (element.getAttribute(name) !== String(value)) {
@@ -71,6 +72,21 @@ export function settle(action, milliseconds) {
     clearTimeout(timer);
     timer = setTimeout(() => action(...words), milliseconds);
   };
+}
+
+/** Return a button that copies a text, and says so. */
+export function copyButton(text, what = "Copy") {
+  return button(what, async (event) => {
+    const control = event.currentTarget;
+    try {
+      await navigator.clipboard.writeText(typeof text === "function" ? text() : text);
+      say(control, "Copied");
+    } catch {  // not over plain HTTP from another machine
+      note("The browser does not allow it here: select the text and copy it", { isError: true });
+      return;
+    }
+    setTimeout(() => say(control, what), 1500);
+  }, { class: "small" });
 }
 
 /** Return a button. */
@@ -96,6 +112,9 @@ export function bytes(count) {
   while (Math.abs(value) >= 1024 && unit < UNITS.length - 1) { value /= 1024; unit += 1; }
   return `${value.toFixed(unit < 2 || value >= 100 ? 0 : 1)} ${UNITS[unit]}`;
 }
+
+/** Return a number of things: "1 load", "2 loads". */
+export function plural(number, word, many = `${word}s`) { return `${count(number)} ${number === 1 ? word : many}`; }
 
 export function count(value) {
   return value === null || value === undefined ? "–" : value.toLocaleString("en");
@@ -129,6 +148,13 @@ export function clock(moment) {
   return new Date(moment * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 }
 
+/** Return a moment with its seconds, and with its day if that is not today. */
+export function moment(at) {
+  const date = new Date(at * 1000);
+  const isToday = date.toDateString() === new Date().toDateString();
+  return date.toLocaleString([], isToday ? { timeStyle: "medium" } : { dateStyle: "medium", timeStyle: "medium" });
+}
+
 export function day(moment) {
   return moment ? new Date(moment * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "–";
 }
@@ -146,9 +172,13 @@ export function note(text, { hint = null, isError = false } = {}) {
   return close;
 }
 
-/** Do something that may fail, and tell; a button is off meanwhile. Returns null where it failed. */
+/** Take the messages away: what they tell of is not on the page any more. */
+export function clearNotes() { put(document.getElementById("notes")); }
+
+/** Do something that may fail, and tell; a button does nothing meanwhile. Returns null where it failed. */
 export async function attempt(action, { told = null, control = null } = {}) {
-  if (control) control.disabled = true;
+  if (control?.getAttribute("aria-disabled")) return null;
+  mark(control, "aria-disabled", "true");  // not `disabled`: a browser would take the focus away
   try {
     const answer = await action();
     if (told) note(typeof told === "function" ? told(answer) : told);
@@ -158,6 +188,6 @@ export async function attempt(action, { told = null, control = null } = {}) {
     if (error.status !== 401) note(error.message, { hint: error.hint, isError: true });
     return null;
   } finally {
-    if (control) control.disabled = false;
+    mark(control, "aria-disabled", null);
   }
 }
