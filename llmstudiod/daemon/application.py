@@ -99,6 +99,7 @@ class Application:
         self.launcher, program = _launcher(settings, self._helper)
         self._measure_machine: Callable[[], Machine] | None = None
         database = Path(state.partition(":")[0]) / "state.db" if self._snapshot_dir and state else None
+        self._database = database
         self.state = StateDb(database, tables=usage_log.TABLES)
         learning = Learning(self.state, self.machine)
         self.planner = Planner(settings, self.launcher, program, measure=self.machine, learning=learning)
@@ -181,6 +182,8 @@ class Application:
                 ports=lambda: self._ports,
                 clock=self._clock,
                 keys=self._keys,
+                needs_key=lambda: self.access.rules.needs_key,
+                database=self._database,
                 put_keys=self._put_keys,
                 pin=self._pin,
                 reload=self.reload,

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from aiohttp import web
 
@@ -59,6 +60,8 @@ class Parts:
     ports: Callable[[], list[int]]
     clock: Callable[[], float]
     keys: Callable[[], tuple[Key, ...]]
+    needs_key: Callable[[], bool]
+    database: Path | None
     put_keys: Callable[[tuple[Key, ...]], Awaitable[None]]
     pin: Callable[[str, bool], Awaitable[None]]
     reload: Callable[[], Awaitable[None]]
@@ -119,6 +122,8 @@ class Interface:
             clock=parts.clock,
             faults=parts.faults,
             sessions=parts.sessions,
+            needs_key=parts.needs_key,
+            database=parts.database,
             pin=parts.pin,
             reload=parts.reload,
             parts=[keys, recipes, gpus, usage, models, logs, parts.events],

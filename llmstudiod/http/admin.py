@@ -7,6 +7,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -70,6 +71,8 @@ class Admin:
         clock: Callable[[], float],
         faults: Callable[[], list[Fault]],
         sessions: Sessions,
+        needs_key: Callable[[], bool],
+        database: Path | None,
         pin: Callable[[str, bool], Awaitable[None]],
         reload: Callable[[], Awaitable[None]],
         parts: Sequence[Routes],
@@ -77,6 +80,8 @@ class Admin:
         self._instances = instances
         self._faults = faults
         self._sessions = sessions
+        self._needs_key = needs_key
+        self._database = database
         self._pin_model = pin
         self._reload = reload
         self._parts = parts
@@ -199,7 +204,13 @@ class Admin:
         loaded = self._settings()
         settings = {name: getattr(loaded.settings, name) for name in type(loaded.settings).__dataclass_fields__}
         faults = [fault_answer(fault) for fault in loaded.faults]
-        old = old_config(loaded.settings, self._ports(), self._supervisor.views())
+        old = old_config(
+            loaded.settings,
+            self._ports(),
+            self._supervisor.views(),
+            needs_key=self._needs_key(),
+            database=self._database,
+        )
         return json_response({"settings": settings, "sources": dict(loaded.sources), "faults": faults, **old})
 
     async def _spec(self, _: web.Request) -> web.Response:

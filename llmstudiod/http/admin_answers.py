@@ -1,6 +1,7 @@
 """How the admin interface shows what is not its own: faults, plans, recipes, errors."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llmstudiod.adapters.planner import Plan
@@ -106,8 +107,13 @@ def error_answer(error: LlmstudioError) -> dict[str, Any]:
     return answer | {name: error.details[name] for name in ("failure", "lines", "faults") if error.details.get(name)}
 
 
-def old_config(settings: Settings, ports: Sequence[int], views: Sequence[InstanceView]) -> dict[str, Any]:
-    """Return what vllm-studio's clients read of the configuration: one controller, one endpoint, no secrets."""
+def old_config(
+    settings: Settings, ports: Sequence[int], views: Sequence[InstanceView], *, needs_key: bool, database: Path | None
+) -> dict[str, Any]:
+    """Return what vllm-studio's clients read of the configuration: one controller, one endpoint, no secrets.
+
+    ``database`` None: nothing is kept; they expect a text.
+    """
     port = next(iter(ports), None)
     is_up = any(shown.state is State.READY for shown in views)
     here = f"http://localhost:{port}" if port else None
@@ -120,10 +126,10 @@ def old_config(settings: Settings, ports: Sequence[int], views: Sequence[Instanc
             "host": "localhost",
             "port": port,
             "inference_port": port,
-            "api_key_configured": False,
+            "api_key_configured": needs_key,
             "models_dir": next(iter(settings.model_dirs), None),
-            "data_dir": "/var/lib/llmstudio",
-            "db_path": "/var/lib/llmstudio/state.db",
+            "data_dir": str(database.parent) if database else "",
+            "db_path": str(database or ""),
             "sglang_python": None,
             "tabby_api_dir": None,
         },

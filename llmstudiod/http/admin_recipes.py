@@ -16,7 +16,7 @@ from aiohttp import web
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.recipe_writer import MARK, RecipeWriter
 from llmstudiod.core import strict
-from llmstudiod.core.errors import BadRequestError, ConfigError, ConflictError, LlmstudioError
+from llmstudiod.core.errors import BadRequestError, ConfigError, ConflictError, LlmstudioError, ModelNotFoundError
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
 from llmstudiod.core.settings import Settings
 from llmstudiod.http.admin_answers import (
@@ -95,7 +95,7 @@ class AdminRecipes:
         return json_response({"success": True, "id": recipe.id})
 
     async def _delete(self, request: web.Request) -> web.Response:
-        model = self._supervisor.catalogue.resolve(request.match_info["id"])
+        model = self._exact(request)
         entry = self._supervisor.catalogue.entries[model]
         if entry.file is None:
             message = f"'{model}' has no recipe: it is served because '{entry.recipe.model_path}' is there"
@@ -103,6 +103,20 @@ class AdminRecipes:
         await self._writer.delete(PurePath(entry.file).name)
         await self._reload()
         return json_response({"success": True})
+
+    def _exact(self, request: web.Request) -> str:
+        """Return the id of the path, by which a recipe is removed; other names are for reading and for using it.
+
+        Raises:
+            ModelNotFoundError: No recipe has it as its id.
+        """
+        name, catalogue = request.match_info["id"], self._supervisor.catalogue
+        model = catalogue.resolve(name)
+        if model != name:
+            raise ModelNotFoundError(
+                f"there is no recipe with the id '{name[:200]}'", hint=f"it is a name of '{model}'"
+            )
+        return model
 
     async def _check(self, request: web.Request) -> web.Response:
         """Say what is wrong with a recipe that is not stored, and what would become of it. Changes nothing."""

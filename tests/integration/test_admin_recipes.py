@@ -194,3 +194,16 @@ async def test_gguf_without_a_recipe_cannot_be_deleted(tmp_path: Path) -> None:
             status, answer = await ask(admin, "DELETE", "/recipes/tiny")
     assert (status, answer["kind"]) == (409, "conflict")
     assert "auto_recipes" in answer["hint"]
+
+
+async def test_recipe_is_changed_and_removed_by_its_id_alone(
+    daemon: RunningDaemon, admin: aiohttp.ClientSession
+) -> None:
+    """An alias may be another recipe's tomorrow."""
+    assert (await ask(admin, "POST", "/recipes", recipe(daemon, "one", aliases=["gpt-4o"])))[0] == 200
+    status, answer = await ask(admin, "DELETE", "/recipes/gpt-4o")
+    assert (status, answer["kind"], "'one'" in answer["hint"]) == (404, "model_not_found", True), answer
+    status, answer = await ask(admin, "PUT", "/recipes/gpt-4o", recipe(daemon, "one"))
+    assert (status, "gpt-4o" in answer["detail"]) == (403, True), answer
+    assert [item["id"] for item in (await ask(admin, "GET", "/recipes"))[1]] == ["one"]
+    assert (await ask(admin, "DELETE", "/recipes/one"))[0] == 200

@@ -146,3 +146,18 @@ METRICS = {
     "peak_generation_tps": "number|null",
     "peak_ttft_ms": "number|null",
 }
+
+
+def test_configuration_tells_what_is(tmp_path: Path) -> None:
+    """Whether a key is needed, and where the state is kept, if it is."""
+    with running_daemon(tmp_path, keys_file=str(tmp_path / "keys")) as running:
+        told = running.admin.get("config")["config"]
+        assert (told["api_key_configured"], told["data_dir"], told["db_path"]) == (False, "", "")
+        running.admin.post("keys", body={"name": "one"})
+        assert running.admin.get("config")["config"]["api_key_configured"] is True
+    state = tmp_path / "state"
+    state.mkdir()
+    with running_daemon(tmp_path, state_directory=state, keys_file=str(tmp_path / "keys")) as running:
+        told = running.admin.get("config")["config"]
+        found = (told["api_key_configured"], told["data_dir"], told["db_path"])
+        assert found == (True, str(state), str(state / "state.db"))
