@@ -15,7 +15,11 @@ _TIMINGS, _USAGE = re.compile(rb'"timings":\s*(?={)'), re.compile(rb'"usage":\s*
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Tokens read and written; ``cached`` of those read were there already. Milliseconds of computing, 0: not told."""
+    """Tokens read and written; ``cached`` of those read were there already. Milliseconds of computing, 0: not told.
+
+    llama-server's clock of the written ones begins at the first, so of a single one it tells nothing. Source:
+    tools/server/server-context.cpp, ``t_start_generation``.
+    """
 
     prompt: int = 0
     completion: int = 0
@@ -35,13 +39,13 @@ def spent(tail: bytes) -> Spent:
     """
     timings = _last_object(_TIMINGS, tail)
     if timings is not None:
-        cached = _count(timings, "cache_n")
+        cached, written = _count(timings, "cache_n"), _count(timings, "predicted_n")
         return Spent(
             prompt=_count(timings, "prompt_n") + cached,
-            completion=_count(timings, "predicted_n"),
+            completion=written,
             cached=cached,
             prompt_ms=_ms(timings, "prompt_ms"),
-            completion_ms=_ms(timings, "predicted_ms"),
+            completion_ms=_ms(timings, "predicted_ms") if written > 1 else 0.0,
         )
     usage = _last_object(_USAGE, tail)
     if usage is None:

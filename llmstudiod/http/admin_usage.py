@@ -12,9 +12,10 @@ from aiohttp import web
 from llmstudiod import __version__
 from llmstudiod.adapters.usage_log import UsageLog
 from llmstudiod.adapters.usage_report import peaks, usage_report
-from llmstudiod.core.errors import LlmstudioError, UnavailableError
+from llmstudiod.core.errors import BadRequestError, LlmstudioError, UnavailableError
 from llmstudiod.core.lifecycle import State
 from llmstudiod.core.usage import spent
+from llmstudiod.http import tokens
 from llmstudiod.http.answers import json_response
 from llmstudiod.http.events import Events
 from llmstudiod.http.exposition import Exposition
@@ -26,6 +27,7 @@ from llmstudiod.http.relay import Exchange, Outcome, Pools, request_head
 from llmstudiod.supervisor import Supervisor
 
 BENCHMARK_S = 600.0
+MAX_TOKENS = 100_000
 Gpus = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -67,11 +69,12 @@ class AdminUsage:
         return json_response(await asyncio.to_thread(usage_report, self._log, time.time()))
 
     async def _peaks(self, request: web.Request) -> web.Response:
-        name = request.query.get("model_id")
-        model = self._supervisor.catalogue.resolve(name) if name else None
-        found = await asyncio.to_thread(peaks, self._log, model)
-        if model is None:
-            return json_response({"metrics": found})
+        name, catalogue = request.query.get("model_id"), self._supervisor.catalogue
+        if not name:
+            return json_response({"metrics": await asyncio.to_thread(peaks, self._log, None)})
+        found = await asyncio.to_thread(peaks, self._log, catalogue.ids_by_name.get(name, name))
+        if not found:  # what is shown in the list of all is shown alone too, with a recipe or without
+            catalogue.resolve(name)
         return json_response(found[0] if found else {"error": "No metrics for this model"})
 
     async def _lifetime(self, _: web.Request) -> web.Response:
@@ -121,8 +124,6 @@ class AdminUsage:
 
     async def _benchmark(self, request: web.Request) -> web.Response:
         """Let a model that is ready read and write, and tell how fast it was; nothing is loaded for it."""
-        n_prompt = whole_number(request, "prompt_tokens", default=1000, least=1, most=100_000)
-        n_written = whole_number(request, "max_tokens", default=100, least=1, most=100_000)
         name = request.query.get("model")
         views = self._supervisor.views()
         if name:
@@ -132,6 +133,7 @@ class AdminUsage:
         if not model or self._supervisor.ready_run(model) is None:
             hint = "`llmstudioctl load MODEL` loads one"
             raise UnavailableError(f"'{model}' is not ready" if model else "no model is ready", hint=hint)
+        n_prompt, n_written = self._lengths(request, model)
         began = time.monotonic()
         cost = spent(await self._asked(model, n_prompt, n_written))
         elapsed_s = time.monotonic() - began
@@ -147,12 +149,20 @@ class AdminUsage:
             {"success": True, "model_id": model, "benchmark": measured, "peak_metrics": best[0] if best else None}
         )
 
+    def _lengths(self, request: web.Request, model: str) -> tuple[int, int]:
+        """Return how many tokens are to be read and to be written; they must fit into a slot's context together."""
+        shown = self._supervisor.view(model)
+        n_ctx = (shown.facts.n_ctx if shown and shown.facts else 0) or 2 * MAX_TOKENS
+        n_written = whole_number(request, "max_tokens", default=min(100, n_ctx // 2), least=1, most=MAX_TOKENS)
+        left = max(1, n_ctx - n_written)
+        n_prompt = whole_number(request, "prompt_tokens", default=min(1000, left), least=1, most=MAX_TOKENS)
+        if n_prompt + n_written > n_ctx:
+            found = f"prompt_tokens={n_prompt} and max_tokens={n_written}"
+            raise BadRequestError(f"expected at most {n_ctx} tokens in all, the context of '{model}', found {found}")
+        return n_prompt, n_written
+
     async def _asked(self, model: str, n_prompt: int, n_written: int) -> bytes:
         """Return the end of a model's answer to one request of ours, which counts as any other."""
-        prompt = " ".join(map(str, range(max(1, n_prompt // 2))))
-        body = {"prompt": prompt, "n_predict": n_written, "ignore_eos": True, "cache_prompt": False}
-        raw = json.dumps(body).encode()
-        head = request_head("POST", "/completion", [(b"content-type", b"application/json")], len(raw))
         ticket = self._supervisor.ask(model)
         pieces: list[bytes] = []
         try:
@@ -163,6 +173,8 @@ class AdminUsage:
                 pool = self._pools.get(ticket.model, ticket.run)
                 if pool is None:
                     raise UnavailableError(f"'{model}' has just ended")
+                raw = await self._question(model, n_prompt, n_written)
+                head = request_head("POST", "/completion", [(b"content-type", b"application/json")], len(raw))
                 exchange = Exchange(
                     pool, pieces.append, client_is_http11=True, is_begun=False, is_head_request=False, is_last=True
                 )
@@ -178,6 +190,13 @@ class AdminUsage:
             told = answer.partition(b"\r\n\r\n")[2][:300].decode("utf-8", "replace")
             raise UnavailableError(f"'{model}' answered {status or 'nothing'}: {told}")
         return answer[-4096:]
+
+    async def _question(self, model: str, n_prompt: int, n_written: int) -> bytes:
+        """Return the body of a request with as many tokens as are wanted: what a word is differs between models."""
+        text = " ".join(map(str, range(n_prompt)))  # at least a token for each number
+        ids = await tokens.split(text, socket_path=self._supervisor.socket_of(model))
+        body = {"prompt": ids[:n_prompt], "n_predict": n_written, "ignore_eos": True, "cache_prompt": False}
+        return json.dumps(body).encode()
 
     # Prometheus
 

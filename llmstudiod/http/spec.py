@@ -149,7 +149,7 @@ OPERATIONS = (
         {200: s.Benchmark, 400: s.Problem, 404: s.Problem, 503: s.Problem},
         query=(
             Query("model", _WORD, "default: the first that is ready"),
-            Query("prompt_tokens", _N_TOKENS, "about how many to read"),
+            Query("prompt_tokens", _N_TOKENS, "how many to read; default: 1000, or as many as fit"),
             Query("max_tokens", _N_TOKENS, "how many to write"),
         ),
     ),

@@ -50,6 +50,18 @@ async def answer(path: str, body: bytes | bytearray, *, socket_path: str, n_ctx:
         return json_response({"input_tokens": whole, "breakdown": breakdown, "model": model})
 
 
+async def split(text: str, *, socket_path: str) -> list[int]:
+    """Return a text's tokens, as the model's own server splits it.
+
+    Raises:
+        BadRequestError: The upstream refuses to.
+        UpstreamCrashedError: It does not answer.
+    """
+    connector = UnixConnector(path=socket_path)
+    async with ClientSession(connector=connector, timeout=ClientTimeout(total=TIMEOUT_S)) as session:
+        return await _Upstream(session, size=len(text)).tokens({"prompt": text})
+
+
 async def _off_loop(size: int, function: Callable[[Given], Found], value: Given) -> Found:
     """Return ``function(value)``; where ``size`` bytes of JSON take their time, others are served meanwhile."""
     return function(value) if size <= PARSE_UP_TO else await asyncio.to_thread(function, value)
