@@ -11,7 +11,7 @@ from llmstudiod.adapters.gguf_file import BadModelFileError, read_header
 from llmstudiod.adapters.model_files import FoundModel, find_models, resolve_model
 from llmstudiod.core.command import plan_context
 from llmstudiod.core.devices import Machine
-from llmstudiod.core.errors import BadRequestError, LlmstudioError, NotFoundError
+from llmstudiod.core.errors import BadRequestError, LlmstudioError, LoadFailedError, NotFoundError
 from llmstudiod.core.memory import Estimate, estimate
 from llmstudiod.core.model_shape import ModelShape, model_shape
 from llmstudiod.core.needs import run_of
@@ -95,7 +95,11 @@ class AdminModels:
             cache_type_k=question["cache_type"],
             cache_type_v=question["cache_type"],
         )
-        context = plan_context(recipe, shape.n_ctx_train)
+        try:
+            context = plan_context(recipe, shape.n_ctx_train)
+        except LoadFailedError as error:
+            message = error.message.partition(": ")[2]
+            raise BadRequestError(message, hint="lower context_length or max_num_seqs") from error
         shares = (1.0,) * max(1, len(gpus) or question["tp_size"])
         layers = shape.n_layers + 1 if question["n_gpu_layers"] is None else question["n_gpu_layers"]
         need = estimate(

@@ -534,11 +534,3 @@ class EventStats(_Answer):
 
     total_events_published: int
     channels: dict[str, int]
-
-
-class Code(_Answer):
-    """A one-time code, and the addresses to open with it."""
-
-    code: str
-    urls: list[str]
-    expires_in_s: float

@@ -31,13 +31,17 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A route: what it does, takes and answers. ``answers``: models by status, or a media type's name."""
+    """A route: what it does, takes and answers.
+
+    ``answers``: models by status, or a media type's name; ``is_open``: nobody need have signed in.
+    """
 
     method: str
     path: str
     text: str
     answers: dict[int, type[BaseModel] | str | tuple[type[BaseModel], ...] | list[type[BaseModel]]]
     body: type[BaseModel] | str | None = None
+    is_open: bool = False
     query: Sequence[Query] = field(default_factory=tuple)
 
 
@@ -114,6 +118,16 @@ OPERATIONS = (
         body=RECIPE,
     ),
     Operation("delete", "/recipes/{id}", "remove a recipe", {200: s.Success, 404: s.Problem, 409: s.Problem}),
+    Operation(
+        "post", "/sign-in", "open a session, over TCP alone; the answer sets its cookie",
+        {200: s.Success, 401: s.Problem, 403: s.Problem},
+        body=q.Proof, is_open=True,
+    ),
+    Operation(
+        "post", "/sign-out", "end the session of the request's cookie, over TCP alone",
+        {200: s.Success, 403: s.Problem},
+        is_open=True,
+    ),
     Operation("post", "/web/code", "make a code that signs in at the page, at the machine alone", {200: s.WebCode}),
     Operation("post", "/web/sign-out", "end every session of the page", {200: s.Told}),
     Operation("post", "/reload", "read settings, recipes and keys again", {200: s.Reloaded}),
@@ -166,6 +180,13 @@ OPERATIONS = (
 )  # fmt: skip
 
 
+TCP_ALONE = frozenset({"/sign-in", "/sign-out"})
+"""Paths that the admin socket does not have: whoever reaches it need not sign in."""
+
+_REFUSALS = {401: s.Problem, 403: s.Problem}
+_WORDS = {200: "done", 201: "made", 202: "under way", 401: "sign in first", 403: "without the right", 413: "too large"}
+
+
 def openapi() -> dict[str, Any]:
     """Return the document."""
     models = sorted({model for each in OPERATIONS for model in _models(each)}, key=lambda model: model.__name__)
@@ -183,11 +204,15 @@ def openapi() -> dict[str, Any]:
         "info": {
             "title": "llmstudiod's admin interface",
             "version": __version__,
-            "description": "On the Unix socket for administrators; over TCP with a session or an admin key.",
+            "description": (
+                "On the Unix socket for administrators; over TCP with a session or an admin key. "
+                "Another method than those of a path is answered with 405 (MethodNotAllowed)."
+            ),
         },
         "security": [{"key": []}, {"session": []}],
         "paths": paths,
         "components": {
+            "responses": {"MethodNotAllowed": _METHOD_NOT_ALLOWED},
             "schemas": {**schemas, "RecipeFile": recipe_schema()["$defs"]["recipe"]},
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},
@@ -195,6 +220,13 @@ def openapi() -> dict[str, Any]:
             },
         },
     }
+
+
+_METHOD_NOT_ALLOWED = {
+    "description": "the path takes other methods, which Allow names",
+    "headers": {"Allow": {"required": True, "schema": {"type": "string"}}},
+    "content": {"application/json": {"schema": {"$ref": REF.format(model="Problem")}}},
+}
 
 
 def _models(operation: Operation) -> list[type[BaseModel]]:
@@ -219,15 +251,19 @@ def _operation(operation: Operation) -> dict[str, Any]:
         {"name": query.name, "in": "query", "description": query.text, "schema": query.schema}
         for query in operation.query
     ]
-    answers = {400: s.Problem, **operation.answers}
+    answers = {400: s.Problem, **_REFUSALS, **operation.answers}
+    if operation.is_open:
+        answers = {400: s.Problem, **operation.answers}
+    if operation.body is not None and operation.path not in TCP_ALONE:
+        answers[413] = s.Problem
     told: dict[str, Any] = {
         "summary": operation.text,
         "operationId": f"{operation.method} {operation.path}",
         "parameters": parameters,
         "responses": {str(status): _response(status, answer) for status, answer in sorted(answers.items())},
     }
-    for status, text in ((401, "sign in first"), (403, "without the right")):
-        told["responses"][str(status)] = {"description": text}
+    if operation.is_open:
+        told["security"] = []
     if operation.body is not None:
         told["requestBody"] = {"required": True, "content": _body(operation.body)}
     return told
@@ -236,7 +272,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
 def _response(
     status: int, answer: type[BaseModel] | str | tuple[type[BaseModel], ...] | list[type[BaseModel]]
 ) -> dict[str, Any]:
-    words = {200: "done", 201: "made", 202: "under way"}.get(status, "refused")
+    words = _WORDS.get(status, "refused")
     if isinstance(answer, str):
         return {"description": words, "content": {answer: {}}}
     content: dict[str, Any]
