@@ -10,7 +10,13 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from llmstudiod.core.errors import AccessDeniedError, AuthenticationError, LlmstudioError, MethodNotAllowedError
+from llmstudiod.core.errors import (
+    AccessDeniedError,
+    AuthenticationError,
+    BadRequestError,
+    LlmstudioError,
+    MethodNotAllowedError,
+)
 from llmstudiod.core.keys import Key
 from llmstudiod.http.access import Access, session_tokens
 from llmstudiod.http.admin_answers import error_answer
@@ -91,7 +97,9 @@ class TcpAdmin:
                 hint = "`llmstudioctl web` prints a new one; each can be used once, within ten minutes"
                 raise AuthenticationError("the code is not valid any more", hint=hint)
             return ""
-        key = self._admin_key(proof.key) if proof.key else None
+        if not proof.key:
+            raise BadRequestError('expected {"code": "…"} or {"key": "…"}')
+        key = self._admin_key(proof.key)
         if key is None:
             raise AuthenticationError("that is no key with the admin right", hint=_HINT)
         return key.hash

@@ -225,6 +225,13 @@ def test_bad_json_is_the_clients_fault(daemon: RunningDaemon, path: str, body: b
     assert "Traceback" not in daemon.log()
 
 
+@pytest.mark.parametrize("body", [{}, {"code": ""}, {"key": None}])
+def test_nothing_to_sign_in_with(daemon: RunningDaemon, body: object) -> None:
+    """It is a mistake, not a wrong secret."""
+    answer = ask(daemon, "POST", "/sign-in", body)
+    assert (answer.status, '{"code": "…"}' in answer.json["detail"]) == (400, True)
+
+
 @pytest.mark.parametrize("has_key", [False, True])
 @pytest.mark.parametrize(
     ("method", "path", "status", "names"),
