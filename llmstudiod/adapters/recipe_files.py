@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmstudiod.adapters.documents import read_document
-from llmstudiod.core.last_good import with_last_good
+from llmstudiod.core.last_good import all_as_before, with_last_good
+from llmstudiod.core.name_clashes import without_clashes
 from llmstudiod.core.recipe import Fault, LoadedRecipes, RecipeEntry
 from llmstudiod.core.recipe_reader import parse_recipes
 
@@ -18,23 +19,32 @@ SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 
 
 def load_recipes(directory: Path, before: Sequence[RecipeEntry] = ()) -> LoadedRecipes:
-    """Return every recipe of ``directory``; one that does not exist holds none.
+    """Return every recipe of ``directory`` that has its names for itself; one that does not exist holds none.
 
-    What has become faulty since ``before`` stays as it was, where nobody but root could have written it.
+    What has become faulty since ``before`` stays as it was, where nobody but root could have written it. So does all of
+    it where the directory cannot be read: a file system that is not mounted is no wish to end every model.
     """
     try:
         files = sorted(
             path for path in directory.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(".")
         )
-    except FileNotFoundError:
-        return LoadedRecipes((), ())
     except OSError as error:
-        return LoadedRecipes((), (Fault(f"cannot read the directory: {error.strerror}", file=str(directory)),))
+        if isinstance(error, FileNotFoundError) and not before:
+            return LoadedRecipes((), ())
+        fault = Fault(f"cannot read the directory: {error.strerror}", file=str(directory), hint=_hint(error, directory))
+        return all_as_before(fault, before)
     parts = [_distrusted(path) or with_last_good(load_recipe_file(path), before, str(path)) for path in files]
-    return LoadedRecipes(
-        tuple(entry for part in parts for entry in part.entries),
-        tuple(fault for part in parts for fault in part.faults),
-    )
+    entries = tuple(entry for part in parts for entry in part.entries)
+    faults = tuple(fault for part in parts for fault in part.faults)
+    return without_clashes(LoadedRecipes(entries, faults), before)
+
+
+def _hint(error: OSError, directory: Path) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "put it back; an empty one ends its recipes"
+    if isinstance(error, PermissionError):
+        return f"let the daemon's user read it (chmod go+rx {shlex.quote(str(directory))})"
+    return "put a directory there that can be read"
 
 
 def _distrusted(path: Path) -> LoadedRecipes | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from llmstudiod.core.errors import BadRequestError, ModelNotFoundError
-from llmstudiod.core.recipe import Fault, RecipeEntry, Severity
+from llmstudiod.core.name_clashes import without_clashes
+from llmstudiod.core.recipe import Fault, LoadedRecipes, RecipeEntry, Severity
 
 _NEW = "a new file is noticed within ten seconds"
 _FIRST = f"put a GGUF into a model directory (model_dirs), or a recipe into recipes_dir; {_NEW}"
@@ -62,31 +63,17 @@ class Catalogue:
 def build_catalogue(candidates: Iterable[RecipeEntry], faults: Iterable[Fault] = ()) -> Catalogue:
     """Return the catalogue of ``candidates``; one that claims a name already taken becomes a fault.
 
-    The first to come keeps an id; an id is stronger than anybody's alias. A recipe from a file wins over a GGUF
-    that is served without one, silently, since writing the recipe is how one replaces the defaults. So does a
-    faulty recipe: its model is not served with defaults instead, which its author did not want.
+    The first to come keeps an id; an id is stronger than anybody's alias: who had which name before was settled when
+    the files were read. A recipe from a file wins over a GGUF that is served without one, silently, since writing the
+    recipe is how one replaces the defaults. So does a faulty recipe: its model is not served with defaults instead,
+    which its author did not want.
     """
-    all_faults = list(faults)
-    entries: dict[str, RecipeEntry] = {}
     candidates = list(candidates)
-    for entry in candidates:
-        if entry.file is None:
-            continue
-        known = entries.setdefault(entry.recipe.id, entry)
-        if known is not entry:
-            all_faults.append(_taken(entry, "id", entry.recipe.id, known))
-    owners = {model: model for model in entries}
-    for model in list(entries):
-        entry = entries[model]
-        clash = next((name for name in entry.recipe.names if owners.get(name, model) != model), None)
-        if clash is not None:
-            key = "served_model_name" if clash == entry.recipe.served_model_name else "aliases"
-            all_faults.append(_taken(entry, key, clash, entries[owners[clash]]))
-            del entries[model]
-            owners = {name: owner for name, owner in owners.items() if owner != model}
-            continue
-        owners |= dict.fromkeys(entry.recipe.names, model)
-    broken = {fault.recipe_id for fault in all_faults if fault.severity is Severity.FAULT}
+    of_files = LoadedRecipes(tuple(entry for entry in candidates if entry.file is not None), tuple(faults))
+    settled = without_clashes(of_files)
+    entries = {entry.recipe.id: entry for entry in settled.entries}
+    owners = {name: entry.recipe.id for entry in settled.entries for name in entry.recipe.names}
+    broken = {fault.recipe_id for fault in settled.faults if fault.severity is Severity.FAULT}
     for entry in candidates:
         if entry.file is None and entry.recipe.id not in owners and entry.recipe.id not in broken:
             entries[entry.recipe.id] = entry
@@ -95,7 +82,7 @@ def build_catalogue(candidates: Iterable[RecipeEntry], faults: Iterable[Fault] =
     return Catalogue(
         entries=MappingProxyType(entries),
         ids_by_name=MappingProxyType(owners),
-        faults=tuple(all_faults + default_faults),
+        faults=(*settled.faults, *default_faults),
         default_id=default_id,
     )
 
@@ -117,16 +104,3 @@ def _default(entries: Mapping[str, RecipeEntry]) -> tuple[str | None, list[Fault
         for entry in marked[1:]
     ]
     return marked[0].recipe.id, faults
-
-
-def _taken(entry: RecipeEntry, key: str, name: str, owner: RecipeEntry) -> Fault:
-    place = f"{owner.file}:{owner.line}" if owner.line else str(owner.file)
-    whose = "another recipe" if owner.recipe.id == name else f"recipe '{owner.recipe.id}'"
-    return Fault(
-        f"expected a name that is free, found '{name}', which {whose} has ({place})",
-        file=entry.file or "",
-        line=entry.line,
-        key=key,
-        hint="give one of them another name, or remove it",
-        recipe_id=entry.recipe.id,
-    )

@@ -148,9 +148,11 @@ class _RecipeReader:
         aliases = self.values.get("aliases")
         others = [self.values.get("served_model_name"), self.values.get("model_path")]
         others += aliases if isinstance(aliases, list) else [aliases]
+        if not (isinstance(known, str) and _ID.fullmatch(known)):  # whoever asks for it by its file's name learns why
+            others = [default_id, *others]
         claims = tuple(other for other in others if isinstance(other, str))[:100]
-        if isinstance(known, str):
-            self.notes = [replace(note, recipe_id=known, claims=claims) for note in self.notes]
+        recipe_id = known if isinstance(known, str) else None
+        self.notes = [replace(note, recipe_id=recipe_id, claims=claims) for note in self.notes]
 
     # One key after the other
 

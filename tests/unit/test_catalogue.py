@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from llmstudiod.core.catalogue import Catalogue, build_catalogue
 from llmstudiod.core.errors import BadRequestError, ModelNotFoundError
-from llmstudiod.core.recipe import Fault, Recipe, RecipeEntry, Severity
+from llmstudiod.core.name_clashes import without_clashes
+from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
 
 
 def entry(model: str, *, file: str | None = "models.yaml", line: int | None = None, **fields: Any) -> RecipeEntry:
@@ -154,3 +155,26 @@ def test_names_are_owned_once(entries: list[RecipeEntry]) -> None:
     told = len(real_faults(catalogue))
     of_files = [one for one in entries if one.file is not None]
     assert told == len(of_files) - sum(one.file is not None for one in catalogue.entries.values())
+
+
+def of_files(entries: list[RecipeEntry]) -> LoadedRecipes:
+    """Return what files hold, without the GGUFs that have no recipe."""
+    return LoadedRecipes(tuple(one for one in entries if one.file is not None), ())
+
+
+@given(candidates, candidates)
+def test_what_was_in_force_is_never_lost_to_a_name(earlier: list[RecipeEntry], later: list[RecipeEntry]) -> None:
+    """A recipe that its file still holds is served, new or as it was; reading the same files again changes nothing."""
+    before = without_clashes(of_files(earlier)).entries
+    found = of_files(later)
+    after = without_clashes(found, before)
+    served = {one.recipe.id: one for one in after.entries}
+    assert len(served) == len(after.entries)
+    assert len({name for one in after.entries for name in one.recipe.names}) == sum(
+        len(one.recipe.names) for one in after.entries
+    )
+    for one in before:
+        if any((new.recipe.id, new.file) == (one.recipe.id, one.file) for new in found.entries):
+            assert served[one.recipe.id].file == one.file
+    assert all(one in found.entries or one in before for one in after.entries)
+    assert without_clashes(found, after.entries).entries == after.entries
