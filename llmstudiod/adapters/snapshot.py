@@ -8,8 +8,8 @@ A lost, damaged or foreign snapshot costs the time that it would have saved, not
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +25,83 @@ CLOCK_GRAIN_NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What the files say: settings, and the recipes of the recipes directory."""
+    """What the files say: settings, and the recipes in force of the recipes directory.
+
+    ``files`` are the identities that the files had before they were read.
+    """
 
     settings: LoadedSettings
     recipes: LoadedRecipes
+    files: Sequence[Any] = field(default=(), compare=False)
 
 
 def read_snapshot(directory: Path, config: Path) -> Configuration | None:
     """Return the snapshot in ``directory`` if every file is as it was then, else None."""
-    return _read(directory, lambda raw: raw["files"] == identities(config, raw["settings"]["recipes_dir"]))
+
+    def is_unchanged(raw: dict[str, Any]) -> bool:
+        return bool(
+            raw["version"] == __version__ and raw["files"] == identities(config, raw["settings"]["recipes_dir"])
+        )
+
+    return _read(directory, is_unchanged)
 
 
 def read_last_good(directory: Path) -> Configuration | None:
-    """Return the last snapshot whatever has happened to the files: it holds what was in force last."""
+    """Return the last snapshot whatever has happened to the files: it holds what was in force last.
+
+    One of another version counts as far as this one understands it: an upgrade is no reason to end what runs.
+    """
     return _read(directory, lambda _: True)
 
 
 def _read(directory: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> Configuration | None:
     try:
         raw = json.loads((directory / NAME).read_bytes())
-        if raw["version"] != __version__ or not is_wanted(raw):
+        if not is_wanted(raw):
             return None
+        recipes = [item["recipe"] for item in raw["recipes"]]
+        if raw["version"] != __version__:
+            raw = {**raw, **_understood(raw["settings"], raw["sources"])}
+            recipes = [values if _is_understood(values) else None for values in recipes]
         settings = LoadedSettings(
             settings=Settings(**{name: _frozen(value) for name, value in raw["settings"].items()}),
             sources=raw["sources"],
             faults=_faults(raw["setting_faults"]),
         )
         entries = tuple(
-            RecipeEntry(Recipe.from_dict(item["recipe"]), item["file"], item["line"], _faults(item["warnings"]))
-            for item in raw["recipes"]
+            RecipeEntry(Recipe.from_dict(values), item["file"], item["line"], _faults(item["warnings"]))
+            for values, item in zip(recipes, raw["recipes"], strict=True)
+            if values is not None
         )
-        return Configuration(settings, LoadedRecipes(entries, _faults(raw["faults"])))
+        return Configuration(settings, LoadedRecipes(entries, _faults(raw["faults"])), raw["files"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.info("the snapshot of the configuration is of no use: %s", error)
         return None
+
+
+def _understood(settings: dict[str, Any], sources: dict[str, str]) -> dict[str, Any]:
+    """Return those settings of another version that this one has and takes, and where they came from."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    taken = {name: value for name, value in settings.items() if name in known and _fits(Settings, {name: value})}
+    return {"settings": taken, "sources": {name: place for name, place in sources.items() if name in taken}}
+
+
+def _is_understood(recipe: dict[str, Any]) -> bool:
+    """Return whether this version knows every field of another's recipe, and takes its value."""
+    try:
+        Recipe.from_dict(recipe)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return _fits(Recipe, recipe)
+
+
+def _fits(kind: type[Settings | Recipe], values: dict[str, Any]) -> bool:
+    from llmstudiod.core.validation import validate  # slow to import, and needed after an upgrade only
+    from llmstudiod.core.yaml_lines import Document
+
+    return isinstance(validate(kind, values, document=Document("", None, {}), origins={}), kind)
 
 
 def write_snapshot(directory: Path, config: Path, found: Configuration, *, began_ns: int) -> None:
@@ -99,8 +140,23 @@ def write_snapshot(directory: Path, config: Path, found: Configuration, *, began
 
 def identities(config: Path, recipes_dir: str) -> list[list[Any]]:
     """Return path, inode, size and times of all files that count, as JSON holds them."""
-    paths: Iterable[Path] = [config, *sorted(Path(f"{config}.d").glob("*")), *_listing(Path(recipes_dir))]
-    return [[str(path), *_identity(path)] for path in paths]
+    return [*settings_identities(config), *recipes_identities(recipes_dir)]
+
+
+def settings_identities(config: Path) -> list[list[Any]]:
+    """Return the identities of the settings file and its drop-ins."""
+    return [[str(path), *_identity(path)] for path in (config, *sorted(Path(f"{config}.d").glob("*")))]
+
+
+def recipes_identities(recipes_dir: str) -> list[list[Any]]:
+    """Return the identities of the recipes directory and of what is in it."""
+    return [[str(path), *_identity(path)] for path in _listing(Path(recipes_dir))]
+
+
+def by_path(found: Sequence[Sequence[Any]], recipes_dir: str) -> dict[str, object]:
+    """Return identities by path; a directory's is the inode alone, since its times change with what is in it."""
+    directory = str(Path(recipes_dir))
+    return {path: list(identity[:1] if path == directory else identity) for path, *identity in found}
 
 
 def _listing(directory: Path) -> list[Path]:

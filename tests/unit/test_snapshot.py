@@ -9,7 +9,7 @@ import pytest
 
 from llmstudiod.adapters.recipe_files import load_recipes
 from llmstudiod.adapters.settings_file import load_settings
-from llmstudiod.adapters.snapshot import NAME, Configuration, read_snapshot, write_snapshot
+from llmstudiod.adapters.snapshot import NAME, Configuration, read_last_good, read_snapshot, write_snapshot
 
 RECIPE = """\
 id: one
@@ -110,6 +110,24 @@ def test_snapshot_of_another_version_is_not_used(config: Path, tmp_path: Path) -
     raw = json.loads((tmp_path / NAME).read_text())
     (tmp_path / NAME).write_text(json.dumps(raw | {"version": "0.0.1"}))
     assert read_snapshot(tmp_path, config) is None
+
+
+def test_last_good_of_another_version_is_what_was_in_force(config: Path, tmp_path: Path) -> None:
+    """An upgrade, or one taken back, while a file is faulty ends no model: what this version understands counts."""
+    found = read(config)
+    write_snapshot(tmp_path, config, found, began_ns=later())
+    raw = json.loads((tmp_path / NAME).read_text())
+    (recipe,) = raw["recipes"]
+    foreign = [recipe | {"recipe": recipe["recipe"] | change} for change in ({"id": "x", "new": 1}, {"id": 5})]
+    settings = raw["settings"] | {"new": True, "max_queue": "many"}
+    raw |= {"version": "0.0.1", "recipes": [recipe, *foreign], "settings": settings}
+    (tmp_path / NAME).write_text(json.dumps(raw))
+    assert read_snapshot(tmp_path, config) is None
+    kept = read_last_good(tmp_path)
+    assert kept is not None
+    assert kept.recipes.entries == found.recipes.entries
+    assert kept.settings.settings == found.settings.settings
+    assert kept.settings.sources == found.settings.sources
 
 
 def test_snapshot_that_cannot_be_written_is_no_fault(config: Path, tmp_path: Path) -> None:
