@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import importlib
-import itertools
 import logging
 import os
 import random
@@ -20,16 +19,26 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from llmstudiod.adapters import usage_log
-from llmstudiod.adapters.file_watch import model_files
+from llmstudiod.adapters.file_watch import Files, FileWatch, model_files
 from llmstudiod.adapters.history import History
 from llmstudiod.adapters.key_file import is_credential, keys_path, read_keys, write_own_keys
 from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.memory_meter import measure_memory
 from llmstudiod.adapters.model_recipes import load_catalogue
+from llmstudiod.adapters.own_thread import in_own_thread
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import pulse
 from llmstudiod.adapters.program import LocalProgram, Program
-from llmstudiod.adapters.snapshot import Configuration, identities, read_last_good, read_snapshot, write_snapshot
+from llmstudiod.adapters.snapshot import (
+    Configuration,
+    by_path,
+    identities,
+    read_last_good,
+    read_snapshot,
+    recipes_identities,
+    settings_identities,
+    write_snapshot,
+)
 from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.adapters.usage_log import UsageLog
 from llmstudiod.core.catalogue import Catalogue
@@ -47,6 +56,7 @@ from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.core.sharing import strangers
+from llmstudiod.daemon.leftovers import Leftovers
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
 from llmstudiod.http.access import Access, Rules
 from llmstudiod.http.client import EndpointServer
@@ -70,7 +80,6 @@ if TYPE_CHECKING:
     from llmstudiod.daemon.interface import Interface
 
 LAST_MOMENT_S = 1.0
-FIRST_LOOKS_S, LOOK_S = (2.0, 8.0, 20.0), 60.0
 SETTLE_S = 0.05
 LIVE_AFTER_S = 3.0
 MAX_ADMIN_BODY = 2 << 20
@@ -93,6 +102,7 @@ class Application:
         if found is None:
             before = read_last_good(self._snapshot_dir) if self._snapshot_dir else None
             found = _read(config, environment, before)
+        self._found = found
         self.loaded: LoadedSettings = found.settings
         settings = self.loaded.settings
         self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
@@ -149,12 +159,19 @@ class Application:
             ),
         )
         self.supervisor.observe(self._events.observe)
-        self._put_in_force(found)
+        self._model_files: Files = self.model_files(settings)
+        self._put_in_force(found, load_catalogue(settings, found.recipes))
         self._reloading = asyncio.Lock()
         self._servers: list[asyncio.Server] = []
         self._endpoint: EndpointServer | None = None
         self._admin_server: web.Server | None = None
-        self._strangers: list[str] = []
+        self.leftovers = Leftovers(
+            self.launcher,
+            self.supervisor,
+            clock=clock,
+            reload=self.reload,
+            can_read_recipes=self._can_read_recipes,
+        )
 
     def _interface(self) -> "Interface":
         """Return the admin interface; it is built now, unless it was before."""
@@ -267,48 +284,8 @@ class Application:
             await asyncio.to_thread(self.usage.flush)
             await asyncio.to_thread(self.state.close)
 
-    async def adopt(self) -> None:
-        """Take over the servers that an earlier daemon left; before the first request, which would start them anew."""
-        try:
-            running = await self.launcher.find_running()
-        except LlmstudioError as error:
-            logger.error("%s", error)  # noqa: TRY400 - no bug
-            return
-        for found in running:
-            if found.unit.model_id in self.supervisor.catalogue.entries:
-                await self.supervisor.adopt(found)
-            else:
-                self._strangers.append(found.unit.model_id)
-
-    async def keep_looking_for_units(self) -> None:
-        """Take over what comes up behind our back: a start that an earlier daemon asked for when it was killed."""
-        for pause_s in itertools.chain(FIRST_LOOKS_S, itertools.repeat(LOOK_S)):
-            await asyncio.sleep(pause_s)
-            if not self.launcher.outlives_us:
-                return
-            down = {shown.id: shown.since for shown in self.supervisor.views() if not shown.is_resident}
-            try:
-                running = await self.launcher.find_running()
-            except LlmstudioError as error:
-                logger.warning("%s", error)
-                continue
-            for found in running:
-                model = found.unit.model_id
-                shown = self.supervisor.view(model)
-                if shown is None:
-                    await self._stop_stranger(model)
-                elif down.get(model) == shown.since and not shown.is_resident:  # nothing has happened to it meanwhile
-                    logger.warning(
-                        "%s: %s runs, and was not started by this daemon: it is taken over", model, found.unit.name
-                    )
-                    await self.supervisor.adopt(found)
-
-    async def _stop_stranger(self, model: str) -> None:
-        logger.warning("%s: it runs, but there is no such recipe any more: it is stopped", model)
-        try:
-            await self.launcher.stop(model, is_forced=False)
-        except LlmstudioError as error:
-            logger.error("%s", error)  # noqa: TRY400 - no bug
+    async def _can_read_recipes(self) -> bool:
+        return await asyncio.to_thread(os.access, self.loaded.settings.recipes_dir, os.R_OK | os.X_OK)
 
     async def _tell_failed(self) -> None:
         """Find out what failed while no daemon was there to see it."""
@@ -317,11 +294,9 @@ class Application:
             self.supervisor.post(UnitFoundFailed(self._clock(), model, failure))
 
     async def after_start(self) -> None:
-        """What need not be done before the first answer: leftovers, the binary, models to be loaded at once."""
+        """What need not be done before the first answer: pins, stories, the binary, models to be loaded at once."""
         if not self._is_from_snapshot:
             await asyncio.to_thread(self._write_snapshot)
-        for model in self._strangers:
-            await self._stop_stranger(model)
         self._pins |= frozenset(await asyncio.to_thread(self.state.all, "pins"))
         self.supervisor.pin(self._pins)
         await asyncio.to_thread(self.usage.started, self._began_at)
@@ -344,17 +319,20 @@ class Application:
         """Read settings and recipes again; models whose recipe did not change go on running."""
         async with self._reloading:
             await self._reload()
+        self.leftovers.recipes_were_read()
 
     async def _reload(self) -> None:
         self._read_began_ns = time.time_ns()
         found = await asyncio.to_thread(_read, self._config, self._environment, self._found)
-        self.loaded = found.settings
+        self.loaded, self._found = found.settings, found
         settings = found.settings.settings
         self.planner.use_settings(settings)
         self.proxy.max_body = settings.max_body
         self.proxy.wait_comment_interval_s = settings.wait_comment_interval
         logging.getLogger().setLevel(settings.log_level.upper())
-        catalogue = await asyncio.to_thread(load_catalogue, settings, found.recipes)
+        self._model_files, catalogue = await in_own_thread(
+            lambda: (self.model_files(settings), load_catalogue(settings, found.recipes))
+        )
         self._put_in_force(found, catalogue)
         self._tell_reloaded()
         await asyncio.to_thread(self._write_snapshot)
@@ -362,11 +340,10 @@ class Application:
     def _tell_reloaded(self) -> None:
         self._events.publish("reloaded", {"models": len(self.supervisor.catalogue.entries)})
 
-    def _put_in_force(self, found: Configuration, catalogue: Catalogue | None = None) -> None:
+    def _put_in_force(self, found: Configuration, catalogue: Catalogue) -> None:
         settings = found.settings.settings
         self._found = found
         self.access.rules = self._rules(settings)
-        catalogue = catalogue or load_catalogue(settings, found.recipes)
         self.supervisor.use_catalogue(catalogue, lifecycle_defaults(settings), max_instances=settings.max_instances)
         for group, member in strangers(settings.groups, catalogue.entries):
             logger.warning("groups: %s: there is no model '%s'", group, member)
@@ -466,17 +443,28 @@ class Application:
         is_down = all(shown.state is State.STOPPED or _stays_down(shown) for shown in views)
         n_open = len(self._endpoint.connections) if self._endpoint else 0
         n_open += len(self._admin_server.connections) if self._admin_server else 0
-        return is_down and not n_open and not any(shown.queued for shown in views)
+        is_alone = not n_open and not self.leftovers.any_unknown
+        return is_down and is_alone and not any(shown.queued for shown in views)
 
-    def config_identities(self) -> object:
-        """Return what differs once settings, recipes or keys have changed. Blocks."""
-        settings = self.loaded.settings
-        return identities(self._config, settings.recipes_dir)
+    def config_watch(self) -> FileWatch:
+        """Return what notices that settings or recipes are others than those in force."""
 
-    def model_identities(self) -> object:
-        """Return what differs once the GGUFs in the model directories have changed. Blocks."""
-        settings = self.loaded.settings
-        return model_files(settings.model_dirs) if settings.auto_recipes else None
+        def directory() -> str:
+            return self._found.settings.settings.recipes_dir
+
+        return FileWatch(
+            lambda: by_path(identities(self._config, directory()), directory()),
+            lambda: by_path(self._found.files, directory()),
+        )
+
+    def model_watch(self) -> FileWatch:
+        """Return what notices that the GGUFs in the model directories are others than when they were read."""
+        return FileWatch(lambda: self.model_files(self.loaded.settings), lambda: self._model_files)
+
+    @staticmethod
+    def model_files(settings: Settings) -> Files:
+        """Return the GGUFs that are served without a recipe, as they are. Blocks."""
+        return model_files(settings.model_dirs) if settings.auto_recipes else {}
 
     def status_line(self) -> str:
         """Return one line for ``systemctl status``."""
@@ -520,11 +508,14 @@ def _read(config: Path, environment: Mapping[str, str] | None, before: Configura
     from llmstudiod.adapters.settings_file import load_settings
     from llmstudiod.core.last_good import with_last_good_settings
 
+    files = settings_identities(config)
     settings = load_settings(config, environment)
     if before is not None:
         settings = with_last_good_settings(settings, before.settings)
+    recipes_dir = settings.settings.recipes_dir
+    files += recipes_identities(recipes_dir)
     entries = before.recipes.entries if before is not None else ()
-    return Configuration(settings, load_recipes(Path(settings.settings.recipes_dir), entries))
+    return Configuration(settings, load_recipes(Path(recipes_dir), entries), files)
 
 
 def choose_launcher(settings: Settings) -> Literal["systemd", "subprocess"]:

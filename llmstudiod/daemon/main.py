@@ -13,9 +13,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmstudiod import __version__
 from llmstudiod.core.errors import LlmstudioError
@@ -23,12 +23,25 @@ from llmstudiod.daemon import logs, sockets
 from llmstudiod.daemon.notify import Notifier
 
 if TYPE_CHECKING:
+    from llmstudiod.adapters.file_watch import FileWatch
     from llmstudiod.daemon.application import Application
 
 MAX_FILES = 65536
 IDLE_LOOK_S = 0.5
+KEEPER_PAUSE_S = 10.0
 
 logger = logging.getLogger("llmstudiod")
+
+
+class _Watched(NamedTuple):
+    """Files that are looked at now and then; together the two times are what the manual page promises."""
+
+    name: str
+    period_s: float
+    settle_s: float
+
+
+_CONFIG, _MODELS = _Watched("settings or recipes", 1.0, 1.0), _Watched("model files", 6.0, 3.0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +97,7 @@ async def _serve(arguments: argparse.Namespace, inherited: sockets.Listeners) ->
         loop.add_signal_handler(number, stop.set)
     # Before READY=1: systemd 262 sends SIGHUP for a reload only to those who are ready for it.
     loop.add_signal_handler(signal.SIGHUP, reload.set)
-    await application.adopt()
+    await application.leftovers.adopt()
     async with application.serving(listeners), asyncio.TaskGroup() as tasks:
         # READY first and alone; what follows may take its time.
         notifier.ready()
@@ -92,28 +105,42 @@ async def _serve(arguments: argparse.Namespace, inherited: sockets.Listeners) ->
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
         gc.enable()
-        heart = tasks.create_task(_keep_alive(notifier))
-        keepers = [
-            tasks.create_task(_keep_reloading(application, notifier, reload)),
-            tasks.create_task(_keep_status(application, notifier)),
-            tasks.create_task(_keep_watching(application, reload)),
-            tasks.create_task(application.keep_looking_for_units()),
-            tasks.create_task(application.history.keep(application.supervisor.views)),
-            tasks.create_task(application.usage.keep()),
-            tasks.create_task(application.keep_live()),
-            tasks.create_task(_after_start(application)),
-        ]
+        heart = tasks.create_task(kept("watchdog", lambda: _keep_alive(notifier), pause_s=1.0))
+        keepers: dict[str, Callable[[], Awaitable[None]]] = {
+            "reload": lambda: _keep_reloading(application, notifier, reload),
+            "status": lambda: _keep_status(application, notifier),
+            "watch of the configuration": lambda: _keep_watching(_CONFIG, application.config_watch(), reload),
+            "watch of the model files": lambda: _keep_watching(_MODELS, application.model_watch(), reload),
+            "look for units": application.leftovers.keep_looking,
+            "history": lambda: application.history.keep(application.supervisor.views),
+            "usage": application.usage.keep,
+            "live figures": application.keep_live,
+            "start": lambda: _after_start(application),
+        }
         if inherited.http:
-            keepers.append(tasks.create_task(_exit_when_idle(application, stop)))
+            keepers["exit when idle"] = lambda: _exit_when_idle(application, stop)
+        kept_tasks = [tasks.create_task(kept(name, keep)) for name, keep in keepers.items()]
         await stop.wait()
         logger.info("stopping: new requests are refused, those in flight may end")
         notifier.stopping(within_s=application.loaded.settings.drain_timeout + 30)
-        for keeper in keepers:
-            keeper.cancel()
+        for task in kept_tasks:
+            task.cancel()
         await application.stop()
         heart.cancel()
     logger.info("stopped")
     sys.stderr.flush()
+
+
+async def kept(name: str, keep: Callable[[], Awaitable[None]], *, pause_s: float = KEEPER_PAUSE_S) -> None:
+    """Keep a keeper at work: what it could not bear is logged, and it begins anew; the daemon never ends for it."""
+    while True:
+        try:
+            await keep()
+        except Exception:
+            logger.exception("%s: this went wrong; it goes on in %g s", name, pause_s)
+        else:
+            return
+        await asyncio.sleep(pause_s)
 
 
 async def _keep_alive(notifier: Notifier) -> None:
@@ -142,19 +169,12 @@ async def _keep_reloading(application: "Application", notifier: Notifier, reload
         notifier.status(application.status_line())
 
 
-async def _keep_watching(application: "Application", reload: asyncio.Event) -> None:
+async def _keep_watching(what: _Watched, watch: "FileWatch", reload: asyncio.Event) -> None:
     """Have files read again that have changed: what is edited counts a moment later."""
-    from llmstudiod.adapters.file_watch import changed  # nobody waits for it at a start
-
-    async def watch(what: str, identities: Callable[[], object], period_s: float, settle_s: float) -> None:
-        while True:
-            await changed(identities, period_s=period_s, settle_s=settle_s)
-            logger.info("%s have changed: they are read again", what)
-            reload.set()
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(watch("settings or recipes", application.config_identities, 1.0, 1.0))
-        tasks.create_task(watch("model files", application.model_identities, 10.0, 5.0))
+    while True:
+        await watch.changed(period_s=what.period_s, settle_s=what.settle_s)
+        logger.info("%s have changed: they are read again", what.name)
+        reload.set()
 
 
 async def _exit_when_idle(application: "Application", stop: asyncio.Event) -> None:

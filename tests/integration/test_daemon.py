@@ -1,5 +1,6 @@
 """The whole daemon with the real embedded engine over real sockets, as apps and administrators use it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import openai
 import psutil
 import pytest
 
+from llmstudiod.daemon.application import Application
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
 from tests.model_zoo import ZOO, write
@@ -215,6 +217,45 @@ def test_faulty_reload_keeps_serving(daemon: RunningDaemon, client: openai.OpenA
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="bad", messages=QUESTION)
     assert "bad.yaml:" in str(caught.value.body)
+
+
+def test_taken_name_or_lost_directory_ends_no_model(daemon: RunningDaemon, client: openai.OpenAI) -> None:
+    """A new recipe takes no alias away, and recipes that are moved away for a moment are still those in force."""
+    daemon.ctl("load", "vectors")
+    pid = daemon.admin.get("instances", "vectors")["pid"]
+    daemon.put_recipe({"id": "ada", "model_path": str(daemon.home / "vectors.gguf")})
+    daemon.reload()
+    assert client.embeddings.create(model="ada", input="one").data
+    assert [fault["recipe_id"] for fault in daemon.admin.get("status")["faults"]] == ["ada"]
+    (daemon.home / "recipes.d").rename(daemon.home / "away")
+    daemon.reload()
+    assert client.embeddings.create(model="ada", input="one").data
+    assert "stays in force" in daemon.admin.get("instances", "vectors")["warnings"][0]
+    (daemon.home / "away").rename(daemon.home / "recipes.d")
+    (daemon.home / "recipes.d" / "ada.json").unlink()
+    wait_until(lambda: daemon.admin.get("status")["faults"] == [])  # it is noticed
+    assert daemon.admin.get("instances", "vectors")["pid"] == pid
+
+
+async def test_what_changes_while_the_daemon_starts_is_noticed(tmp_path: Path) -> None:
+    """A recipe, and a GGUF: written after all was read, and before anybody looked for changes."""
+    for name in ("models", "recipes.d"):
+        (tmp_path / name).mkdir()
+    config = tmp_path / "llmstudiod.yaml"
+    settings = {"recipes_dir": str(tmp_path / "recipes.d"), "model_dirs": [str(tmp_path / "models")]}
+    config.write_text(json.dumps(settings | {"launcher": "subprocess", "runtime_dir": str(tmp_path)}))
+    application = Application(config, {}, clock=time.monotonic)
+    watches = (application.config_watch(), application.model_watch())
+    (tmp_path / "recipes.d" / "new.yaml").write_text("model_path: /m.gguf")
+    write_tiny_gguf(tmp_path / "models" / "new.gguf")
+    async with asyncio.timeout(5):
+        for watch in watches:
+            await watch.changed(period_s=0.01, settle_s=0.01)
+    await application.reload()
+    for watch in watches:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await watch.changed(period_s=0.01, settle_s=0.01)
 
 
 def test_idle_unload(tmp_path: Path) -> None:
