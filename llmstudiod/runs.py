@@ -40,7 +40,7 @@ from llmstudiod.launchers.base import FoundUnit, Launcher, Unit
 logger = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_S, DESERTED_S = 1.0, 5.0
-LOG_LINES, LOG_TRIES, LOG_LAG_S = 400, 4, 0.5  # a load writes some fifty, and the journal is late
+LOG_LINES, LOG_TRIES, LOG_LAG_S = 1000, 4, 0.5  # a load writes some fifty, and the journal is late
 BUSY_LOOK_S, IDLE_LOOK_S, SOON_S = 5.0, 15.0, 1.0
 TOKEN_S = 30.0
 STOP_PAUSES_S = (0.5, 2.0, 0.0)
@@ -241,7 +241,7 @@ class Runs:
         assert run.unit is not None
         lines: list[str] = []
         for _ in range(LOG_TRIES):
-            lines = await self._launcher.run_lines(run.unit, limit=LOG_LINES)
+            lines = await self._launcher.first_lines(run.unit, limit=LOG_LINES)
             if any("listening on" in line for line in lines):  # all of the load has been logged then
                 break
             await asyncio.sleep(LOG_LAG_S)

@@ -73,8 +73,8 @@ class Launcher(Protocol):
     async def lines(self, model_id: str, *, limit: int) -> list[str]:
         """Return the last lines of the model's log, oldest first."""
 
-    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
-        """Return the last lines of one run, oldest first; its latest words may still be missing."""
+    async def first_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return the first lines of one run, those of its load, as far as they are written and kept."""
 
     def told(self, unit: Unit) -> list[str]:
         """Return what a run has written so far, oldest first, as far as it is at hand; never waits."""

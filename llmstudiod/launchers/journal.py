@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmstudiod.core.unit import PREFIX
+from llmstudiod.launchers.log_buffer import Lines
 
 logger = logging.getLogger(__name__)
 
-MAX_LINES, MAX_RUNS = 2000, 64
+MAX_RUNS, MAX_ENDED, MAX_KNOWN = 64, 4, 2000
 MAX_ENTRY_BYTES = 4 << 20
 PAUSES_S = (0.1, 0.5, 2.0, 5.0)
 _FIELDS = "MESSAGE,_SYSTEMD_UNIT,_SYSTEMD_INVOCATION_ID"
@@ -28,25 +29,36 @@ MATCH = "LLMSTUDIO=model"  # LogExtraFields= of every model's unit
 
 
 class Journal:
-    """Keeps the last lines of each run since it was started; its own end costs nothing but a moment."""
+    """Keeps the last lines of each run that it has seen; its own end costs nothing but a moment."""
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._command = tuple(command)
-        self._runs: OrderedDict[str, deque[str]] = OrderedDict()
-        self._known: deque[str] = deque(maxlen=MAX_LINES)  # cursors, for what is sent twice
+        self._runs: OrderedDict[str, Lines] = OrderedDict()
+        self._ended: deque[str] = deque()
+        self._known: deque[str] = deque(maxlen=MAX_KNOWN)  # cursors, for what is sent twice
+        self._n_taken = 0
+        self._n_before = 0
         self._cursor: str | None = None
         self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._may_repeat = False
 
-    def start(self) -> None:
-        """Follow from now on, if that is not so already."""
+    def start(self, *, n_before: int = 0) -> None:
+        """Follow from now on, if that is not so already. ``n_before``: entries of before that are to be read too."""
         if self._task is None:
+            self._n_before = n_before
             self._task = asyncio.get_running_loop().create_task(self._keep_following(), name="follow the journal")
 
     def lines(self, invocation_id: str) -> list[str]:
-        """Return what a run has written since `start`, the oldest first."""
-        return list(self._runs.get(invocation_id, ()))
+        """Return the last that a run has written, the oldest first."""
+        lines = self._runs.get(invocation_id)
+        return lines.all() if lines else []
+
+    def ended(self, invocation_id: str) -> None:
+        """Forget a run that is over, in a while: its last lines may still be on their way."""
+        self._ended.append(invocation_id)
+        while len(self._ended) > MAX_ENDED:
+            self._runs.pop(self._ended.popleft(), None)
 
     async def close(self) -> None:
         """End the follower."""
@@ -58,9 +70,9 @@ class Journal:
     async def _keep_following(self) -> None:
         n_failures = 0
         while True:
-            n_before = len(self._known)
+            n_taken = self._n_taken
             reason = await self._follow()
-            n_failures = 0 if len(self._known) > n_before else n_failures + 1
+            n_failures = 0 if self._n_taken > n_taken else n_failures + 1
             pause_s = PAUSES_S[min(n_failures, len(PAUSES_S) - 1)]
             # journald that is restarted or upgraded ends it, and so does a journal that is vacuumed.
             logger.log(logging.WARNING if n_failures > 1 else logging.INFO, "journalctl ended (%s): again", reason)
@@ -72,9 +84,8 @@ class Journal:
         """Read until journalctl ends; return how."""
         # Without a cursor a little of the past is read again: what came while nobody followed must not be missing.
         self._may_repeat = self._cursor is None and bool(self._known)
-        begin = (
-            f"--after-cursor={self._cursor}" if self._cursor else "--since=-10s" if self._may_repeat else "--lines=0"
-        )
+        first = "--since=-10s" if self._may_repeat else f"--lines={self._n_before}"
+        begin = f"--after-cursor={self._cursor}" if self._cursor else first
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command, begin, MATCH, limit=MAX_ENTRY_BYTES, stdin=asyncio.subprocess.DEVNULL,
@@ -107,13 +118,15 @@ class Journal:
         if not isinstance(cursor, str) or (self._may_repeat and cursor in self._known):
             return
         self._known.append(cursor)
+        self._n_taken += 1
         self._cursor = cursor
         unit, run = entry.get("_SYSTEMD_UNIT"), entry.get("_SYSTEMD_INVOCATION_ID")
         if not isinstance(unit, str) or not unit.startswith(PREFIX) or not isinstance(run, str):
             return
-        lines = self._runs.setdefault(run, deque(maxlen=MAX_LINES))
+        lines = self._runs.setdefault(run, Lines())
         self._runs.move_to_end(run)
-        lines.extend(message(entry.get("MESSAGE")).splitlines() or [""])
+        for line in message(entry.get("MESSAGE")).splitlines() or [""]:
+            lines.add(line)
         while len(self._runs) > MAX_RUNS:
             self._runs.popitem(last=False)
 

@@ -1,11 +1,47 @@
-"""The last lines of a model's output, for launchers that have no journal. Always drained, never blocking."""
+"""The last lines of a model's output; for launchers that have no journal, always drained and never blocking.
+
+What a model writes is in its clients' hands, so lines are bounded in length, in number and in all.
+"""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 
 MAX_LINES = 2000
-MAX_LINE_BYTES = 16 << 10
+MAX_LINE_CHARS = 2 << 10  # those that explain anything have some two hundred
+MAX_BYTES = 512 << 10
+_STR_BYTES = 56  # of CPython's, beside its characters
+
+
+def cut(line: str) -> str:
+    """Return a line that may be kept."""
+    return line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]}…"
+
+
+class Lines:
+    """The last lines that were added, oldest first."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque()
+        self._n_bytes = 0
+
+    def add(self, line: str) -> str:
+        """Take a line; return it as it is kept."""
+        line = cut(line)
+        self._lines.append(line)
+        self._n_bytes += _size(line)
+        while self._n_bytes > MAX_BYTES or len(self._lines) > MAX_LINES:
+            self._n_bytes -= _size(self._lines.popleft())
+        return line
+
+    def all(self) -> list[str]:
+        """Return them."""
+        return list(self._lines)
+
+
+def _size(line: str) -> int:
+    """Return the most that a string takes."""
+    return _STR_BYTES + len(line) * (1 if line.isascii() else 4)
 
 
 class LogBuffer:
@@ -13,7 +49,7 @@ class LogBuffer:
 
     def __init__(self) -> None:
         self.count = 0  # lines ever seen: shows that a loading server is alive
-        self._lines: deque[str] = deque(maxlen=MAX_LINES)
+        self._lines = Lines()
         self._run_began_at = 0
         self._followers: set[asyncio.Queue[str]] = set()
 
@@ -23,7 +59,7 @@ class LogBuffer:
 
     def last(self, limit: int) -> list[str]:
         """Return the last lines of all runs, oldest first."""
-        return list(self._lines)[-limit:] if limit > 0 else []
+        return self._lines.all()[-limit:] if limit > 0 else []
 
     def last_of_run(self, limit: int) -> list[str]:
         """Return the last lines of the present run."""
@@ -31,8 +67,7 @@ class LogBuffer:
 
     def add(self, raw: bytes) -> None:
         """Take one line without its end."""
-        line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r")
-        self._lines.append(line)
+        line = self._lines.add(raw.decode(errors="replace").rstrip("\r"))
         self.count += 1
         for queue in self._followers:
             if not queue.full():
@@ -63,9 +98,7 @@ class PipeDrain(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Cut what came into lines."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE_BYTES:
-            lines.append(self._rest)
-            self._rest = b""
+        self._rest = self._rest[: 4 * MAX_LINE_CHARS]  # the others would be cut off anyway
         for line in lines:
             self._log.add(line)
 

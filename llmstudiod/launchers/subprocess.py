@@ -163,9 +163,9 @@ class SubprocessLauncher:
         """Return the last lines; they live as long as the daemon."""
         return self._log(model_id).last(limit)
 
-    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
-        """Return the last lines since the model was started last."""
-        return self._log(unit.model_id).last_of_run(limit)
+    async def first_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return the first of the lines that are kept since the model was started last."""
+        return self.told(unit)[:limit]
 
     def told(self, unit: Unit) -> list[str]:
         """Return the lines since the model was started last."""

@@ -4,10 +4,11 @@ Death is seen through a pidfd, some 2 ms after it happens; the journal is 150 to
 """
 
 import asyncio
+import contextlib
 import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from llmstudiod.adapters.proc import pulse
@@ -17,6 +18,7 @@ from llmstudiod.core.launcher_protocol import Act, Verb
 from llmstudiod.core.unit import PREFIX, inside_socket_path, unit_name
 from llmstudiod.launchers.base import Exit, FoundUnit, Unit
 from llmstudiod.launchers.journal import Journal
+from llmstudiod.launchers.log_buffer import cut
 from llmstudiod.launchers.privileged import PrivilegedHelper, launch
 
 COMMAND_TIMEOUT_S = 45.0
@@ -25,6 +27,7 @@ RETRY_S = 0.5
 JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
 LATE_JOURNAL_S = 3.0
+EARLIER_ENTRIES = 1000  # a load writes some fifty, and what a running model says of late is a few
 _SHOWN = "LoadState,ActiveState,SubState,Result,MainPID,InvocationID,ExecMainCode,ExecMainStatus,ExecMainPID"
 _INTERRUPTED = ("D-Bus connection terminated", "Failed to connect to", "Connection reset by peer", "Transport endpoint")
 _CLD_EXITED = "1"
@@ -98,6 +101,12 @@ class SystemdLauncher:
 
     async def wait(self, unit: Unit) -> Exit:
         """Return when the unit's process has ended and systemd has settled its state."""
+        try:
+            return await self._end(unit)
+        finally:
+            self._journal.ended(unit.invocation_id)
+
+    async def _end(self, unit: Unit) -> Exit:
         await _process_end(unit)
         shown = await _answered(unit.name)
         while shown["InvocationID"] == unit.invocation_id and shown["ActiveState"] in {"active", "deactivating"}:
@@ -106,7 +115,7 @@ class SystemdLauncher:
         await asyncio.sleep(JOURNAL_LAG_S)
         if shown["InvocationID"] == unit.invocation_id and shown["ActiveState"] == "failed":
             return await _exit(unit.name, shown, patience_s=LATE_JOURNAL_S)
-        lines = await self.run_lines(unit, limit=LAST_LINES)
+        lines = await _run_journal(unit, limit=LAST_LINES)
         return Exit("success", code=0, lines=tuple(lines))  # a unit that ended cleanly is gone at once
 
     async def stop(self, model_id: str, *, is_forced: bool) -> None:
@@ -122,29 +131,27 @@ class SystemdLauncher:
         """Return the last lines of the unit's journal, of earlier runs too."""
         return await _journal(f"_SYSTEMD_UNIT={unit_name(model_id)}", limit=limit)
 
-    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
-        """Return the last lines of the unit's journal since it was started."""
-        return await _run_journal(unit.name, unit.invocation_id, str(unit.pid), limit=limit)
+    async def first_lines(self, unit: Unit, *, limit: int) -> list[str]:
+        """Return the first lines of the unit's journal since it was started."""
+        lines: list[str] = []
+        printed = _printed("journalctl", "-q", "-o", "cat", "--all", *_run_matches(unit))
+        # Out of descriptors or time, or a line that is too long: what is there may be enough.
+        with contextlib.suppress(OSError, ValueError):
+            async with asyncio.timeout(COMMAND_TIMEOUT_S), contextlib.aclosing(printed):
+                async for line in printed:
+                    lines.append(cut(line))
+                    if len(lines) == limit:
+                        break
+        return lines
 
     def told(self, unit: Unit) -> list[str]:
         """Return what the journal's follower has brought of a run."""
         return self._journal.lines(unit.invocation_id)
 
-    async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
-        """Yield the journal's last lines, then new ones as they come, some 200 ms late."""
-        process = await asyncio.create_subprocess_exec(
-            "journalctl", "-q", "-f", "-n", str(limit), "-o", "cat", "--all", f"_SYSTEMD_UNIT={unit_name(model_id)}",
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            limit=1 << 20,
-        )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            while line := await process.stdout.readline():
-                yield line.decode(errors="replace").rstrip("\n")
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+    def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
+        """Return the journal's last lines, then new ones as they come, some 200 ms late."""
+        match = f"_SYSTEMD_UNIT={unit_name(model_id)}"
+        return _printed("journalctl", "-q", "-f", "-n", str(limit), "-o", "cat", "--all", match)
 
     async def memory(self, unit: Unit) -> int | None:
         """Return what systemd counts for the unit; where the machine has no memory controller, what /proc tells."""
@@ -162,7 +169,7 @@ class SystemdLauncher:
             raise LauncherError(f"systemd does not tell which models run: {output.strip()}")
         found = [unit for block in output.split("\n\n") if (unit := _found(block)) is not None]
         if found:
-            self._journal.start()
+            self._journal.start(n_before=EARLIER_ENTRIES)
         return found
 
     async def find_failed(self) -> list[tuple[str, Exit]]:
@@ -177,6 +184,22 @@ class SystemdLauncher:
         """Give up the way to the launcher; units belong to systemd."""
         self._helper.close()
         await self._journal.close()
+
+
+async def _printed(*argv: str) -> AsyncGenerator[str]:
+    """Yield the lines that a command prints, until it or whoever reads has enough."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        limit=1 << 20,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        while line := await process.stdout.readline():
+            yield line.decode(errors="replace").rstrip("\n")
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
 
 async def _run(argv: Sequence[str]) -> tuple[int, str]:
@@ -218,9 +241,10 @@ def _found(block: str) -> FoundUnit | None:
 
 async def _exit(name: str, shown: Mapping[str, str], *, patience_s: float = 0.0) -> Exit:
     """Return how a failed unit ended, with its last lines; a journald that is behind is waited for."""
-    run, pid = shown["InvocationID"], shown["ExecMainPID"]
+    run = shown["InvocationID"]
+    unit = Unit("", name, int(shown["ExecMainPID"] or 0), run)
     deadline = time.monotonic() + patience_s
-    while not (lines := await _run_journal(name, run, pid, limit=LAST_LINES)) and time.monotonic() < deadline:
+    while not (lines := await _run_journal(unit, limit=LAST_LINES)) and time.monotonic() < deadline:
         is_complete = bool(await _journal(f"INVOCATION_ID={run}", f"MESSAGE_ID={_UNIT_FAILED}", "_PID=1", limit=1))
         await asyncio.sleep(SETTLE_S)  # what systemd says of the end may come before the process's own last words
         if is_complete:
@@ -262,14 +286,19 @@ async def _journal(*matches: str, limit: int) -> list[str]:
     return output.splitlines()
 
 
-async def _run_journal(name: str, invocation_id: str, pid: str, *, limit: int) -> list[str]:
-    """Return the last lines of one run.
+async def _run_journal(unit: Unit, *, limit: int) -> list[str]:
+    """Return the last lines of one run, for as long as somebody may want to know how it ended."""
+    return list(map(cut, await _journal(*_run_matches(unit), limit=limit)))
+
+
+def _run_matches(unit: Unit) -> tuple[str, ...]:
+    """Return what tells journalctl which lines are of a run.
 
     What journald reads only after the unit has failed bears no invocation id: systemd has taken the link away by then
     from which journald learns it. The process that wrote it is told all the same.
     """
-    run = f"_SYSTEMD_INVOCATION_ID={invocation_id}"
-    return await _journal("--boot", run, "+", f"_SYSTEMD_UNIT={name}", f"_PID={pid}", limit=limit)
+    run = f"_SYSTEMD_INVOCATION_ID={unit.invocation_id}"
+    return "--boot", run, "+", f"_SYSTEMD_UNIT={unit.name}", f"_PID={unit.pid}"
 
 
 async def _process_end(unit: Unit) -> None:

@@ -79,7 +79,7 @@ class FakeLauncher(Launcher):
         """Return no lines: it writes none."""
         return []
 
-    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
+    async def first_lines(self, unit: Unit, *, limit: int) -> list[str]:
         """Return no lines: it writes none."""
         return []
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from llmstudiod.launchers.journal import MAX_LINES, MAX_RUNS, Journal, message
+from llmstudiod.launchers.journal import MAX_ENDED, MAX_KNOWN, MAX_RUNS, Journal, message
+from llmstudiod.launchers.log_buffer import MAX_BYTES, MAX_LINE_CHARS, MAX_LINES
 
 UNIT = "llmstudio-model-a.service"
 # Stands in for journalctl: prints what a file holds line by line, then ends or waits, as the file's name says.
@@ -37,14 +38,16 @@ def fake(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def followed(fake: Path, *says: list[str], until: str, stays: bool = True) -> tuple[Journal, list[str]]:
+async def followed(
+    fake: Path, *says: list[str], until: str, stays: bool = True, n_before: int = 0
+) -> tuple[Journal, list[str]]:
     """Follow what each call says, until a line has come; return the journal and how journalctl was called."""
     for number, lines in enumerate(says, 1):
         (fake / f"say-{number}").write_text("".join(f"{line}\n" for line in lines))
     if stays:
         (fake / f"stay-{len(says)}").touch()
     journal = Journal((str(fake / "journalctl"),))
-    journal.start()
+    journal.start(n_before=n_before)
     async with asyncio.timeout(10):
         while until not in journal.lines("r1"):  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.01)
@@ -94,6 +97,22 @@ async def test_bad_cursor_is_given_up(fake: Path) -> None:
     await journal.close()
 
 
+async def test_cursor_is_kept_for_as_long_as_there_are_entries(fake: Path) -> None:
+    """However many there were before: an end that follows new entries is no failure."""
+    many = [entry(f"line {number}", number) for number in range(MAX_KNOWN + 10)]
+    says = [[entry(f"again {n}", 10_000 + n)] for n in range(3)]
+    journal, calls = await followed(fake, many, *says, [entry("end", 20_000)], until="end")
+    assert all("--after-cursor=" in call for call in calls[1:]), calls
+    await journal.close()
+
+
+async def test_entries_of_before_are_read_for_runs_that_go_on(fake: Path) -> None:
+    """What a model wrote while no daemon ran."""
+    journal, calls = await followed(fake, [entry("one", 1)], until="one", n_before=70)
+    assert "--lines=70" in calls[0]
+    await journal.close()
+
+
 async def test_without_journalctl(tmp_path: Path) -> None:
     """It is not there: nothing is known, and nothing fails."""
     journal = Journal((str(tmp_path / "nowhere"),))
@@ -108,6 +127,29 @@ async def test_memory_is_bounded(fake: Path) -> None:
     many = [entry(f"line {number}", number) for number in range(MAX_LINES + 50)]
     journal, _ = await followed(fake, [*many, entry("end", 9999)], until="end")
     assert len(journal.lines("r1")) == MAX_LINES
+    await journal.close()
+
+
+async def test_long_lines_are_cut(fake: Path) -> None:
+    """A client can have them written: neither one line nor all of them take much."""
+    long = [entry(f"{number} " + "é" * 48_000, number) for number in range(300)]
+    journal, _ = await followed(fake, [*long, entry("end", 9999)], until="end")
+    lines = journal.lines("r1")
+    assert max(map(len, lines)) == MAX_LINE_CHARS + 1
+    assert sum(len(line) * 4 for line in lines) <= MAX_BYTES
+    await journal.close()
+
+
+async def test_runs_that_ended_are_forgotten(fake: Path) -> None:
+    """But for a few, whose last lines may still come."""
+    runs = [f"r{number}" for number in range(MAX_ENDED + 3)]
+    journal, _ = await followed(fake, [entry("x", n, run=run) for n, run in enumerate(runs)], until="x")
+    async with asyncio.timeout(10):
+        while not journal.lines(runs[-1]):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+    for run in runs[:-1]:
+        journal.ended(run)
+    assert [run for run in runs if journal.lines(run)] == runs[2:]
     await journal.close()
 
 

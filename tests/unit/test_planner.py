@@ -60,7 +60,7 @@ class NoLauncher:
         """Return nothing."""
         return []
 
-    async def run_lines(self, unit: Unit, *, limit: int) -> list[str]:
+    async def first_lines(self, unit: Unit, *, limit: int) -> list[str]:
         """Return nothing."""
         return []
 
