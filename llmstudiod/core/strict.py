@@ -5,7 +5,9 @@ Pure, and made again by the launcher, whatever the daemon has checked.
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
 from llmstudiod.core.flags import why_denied
@@ -14,6 +16,7 @@ from llmstudiod.core.model_names import id_from_stem
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, recipe_hash
 from llmstudiod.core.settings import Settings
 
+_TRUST = "chown root, and chmod go-w: the file and every directory above it"
 _BY_HAND = "write the file by hand, as root"
 
 
@@ -62,13 +65,48 @@ def refuse_place(file: str, settings: Settings, *, exists: bool) -> None:
         raise ConfigError(f"there is no '{file}' any more, so its recipe is not started")
 
 
-def may_be_older(copy: Recipe, read: Callable[[], LoadedRecipes]) -> bool:
-    """Return whether a recipe may be started from its copy although its file has changed; ``read`` reads the file.
+class Status(Protocol):
+    """What stat(2) tells of a file."""
 
+    @property
+    def st_uid(self) -> int:
+        """Its owner."""
+
+    @property
+    def st_mode(self) -> int:
+        """Its kind and its permissions."""
+
+
+def refuse_untrusted(path: str, status: Status, *, owner: int) -> None:
+    """Refuse a file, or a directory above one, that nobody but its owner should have been able to write.
+
+    Raises:
+        AccessDeniedError: Another could have made it, or it is nothing that can be read.
+    """
+    is_directory, mode = stat.S_ISDIR(status.st_mode), stat.S_IMODE(status.st_mode)
+    if status.st_uid not in {0, owner}:
+        raise AccessDeniedError(f"'{path}': expected root to own it, found uid {status.st_uid}", hint=_TRUST)
+    if mode & 0o022 and not (is_directory and mode & stat.S_ISVTX):
+        raise AccessDeniedError(f"'{path}': expected nobody but root to write it, found mode {mode:04o}", hint=_TRUST)
+    if not is_directory and not stat.S_ISREG(status.st_mode):
+        raise AccessDeniedError(f"'{path}': expected a regular file, found something else")
+
+
+def good_copy(
+    kept: Mapping[str, Any] | None, launch: Launch, raw: bytes, read: Callable[[], LoadedRecipes]
+) -> Recipe | None:
+    """Return the recipe that was kept, if it is the one that is asked for; ``raw`` is what its file holds.
+
+    It may be started although its file has changed; ``read`` makes recipes of it then.
     What only a person may give counts no longer than its file says so: a relaxation that was taken back is over. A
     file that is being edited, and faulty meanwhile, takes nothing back.
     """
-    return not refused_over_http(copy) or all(entry.recipe.id != copy.id for entry in read().entries)
+    if not kept or (kept.get("hash"), kept.get("file")) != (launch.hash, launch.file):
+        return None
+    copy = Recipe.from_dict(kept["recipe"])
+    if kept.get("content") == digest(raw) or not refused_over_http(copy):
+        return copy
+    return copy if all(entry.recipe.id != copy.id for entry in read().entries) else None
 
 
 def refuse_put(

@@ -22,8 +22,7 @@ from llmstudiod.core.settings import DEFAULT_FILE
 from llmstudiod.privileged.store import Store
 from llmstudiod.privileged.units import Units
 
-IDLE_S = 60.0
-MAX_AT_ONCE = 64
+IDLE_S, MAX_AT_ONCE = 60.0, 64
 
 
 def serve(listener: socket.socket, units: Units, *, uids: frozenset[int], idle_s: float = IDLE_S) -> None:

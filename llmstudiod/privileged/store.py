@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from llmstudiod.core import strict
-from llmstudiod.core.errors import LlmstudioError
+from llmstudiod.core.errors import ConfigError, LlmstudioError
 from llmstudiod.core.keys import parse_keys, write_keys
 from llmstudiod.core.launcher_protocol import Launch
 from llmstudiod.core.recipe import LoadedRecipes, Recipe
@@ -27,19 +28,19 @@ class Store:
 
     def __init__(self, config: str, state: Path, *, owner: int = 0) -> None:
         self._config, self._state, self._owner, self._lock = config, state, owner, threading.Lock()
+        self._unkept: dict[str, str] = {}
 
     def settings(self) -> Settings:
         """Return root's settings, from the copy while no file has changed."""
-        drop_ins = sorted(str(path) for path in Path(f"{self._config}.d").glob("*.yaml"))
-        files = [path for path in (self._config, *drop_ins) if os.path.lexists(path)]
-        identities = [identity(path) for path in files]
+        places = (self._config, *sorted(map(str, Path(f"{self._config}.d").glob("*.yaml"))))
+        identities = [identity(path) for path in places if os.path.lexists(path)]
         kept = self.kept("settings.json")
         if kept and kept.get("files") == identities:
             return Settings.from_dict(kept["settings"])
         from llmstudiod.core.settings_reader import read_settings
         from llmstudiod.core.yaml_lines import parse_bytes
 
-        settings = read_settings([parse_bytes(self._read(path), file=path) for path in files]).settings
+        settings = read_settings([parse_bytes(self._read(path), file=path) for path, *_ in identities]).settings
         self.keep("settings.json", {"files": identities, "settings": dataclasses.asdict(settings)})
         return settings
 
@@ -49,15 +50,11 @@ class Store:
             return strict.unnamed_recipe(launch, settings, os.path.realpath)
         strict.refuse_place(launch.file, settings, exists=os.path.lexists(launch.file))
         file, raw = launch.file, self._read(launch.file)
-        content = strict.digest(raw)
         kept = self.kept(f"recipes/{launch.id}.json")
-        if kept and (kept.get("hash"), kept.get("file")) == (launch.hash, launch.file):
-            copy = Recipe.from_dict(kept["recipe"])
-            if kept.get("content") == content or strict.may_be_older(copy, lambda: self._loaded(file, raw)):
-                return copy
-        loaded = self._loaded(launch.file, raw)
-        recipe = strict.wanted_recipe(loaded, model=launch.id, expected_hash=launch.hash, file=launch.file)
-        copied = {"hash": launch.hash, "file": launch.file, "content": content, "recipe": recipe.as_dict()}
+        if copy := strict.good_copy(kept, launch, raw, lambda: self._loaded(file, raw)):
+            return copy
+        recipe = strict.wanted_recipe(self._loaded(file, raw), model=launch.id, expected_hash=launch.hash, file=file)
+        copied = {"hash": launch.hash, "file": launch.file, "content": strict.digest(raw), "recipe": recipe.as_dict()}
         self.keep(f"recipes/{launch.id}.json", copied)
         return recipe
 
@@ -65,11 +62,10 @@ class Store:
         """Write a recipe file that came over HTTP; what a person wrote stays as it is."""
         path = os.path.join(settings.recipes_dir, name)
         with self._lock:
-            written = self._written(name, path)
-            new = self._loaded(path, text.encode())
-            strict.refuse_put(new, self._others(path), settings.model_dirs, os.path.realpath)
+            new, others = self._loaded(path, text.encode()), self._others(path)
+            strict.refuse_put(new, others, settings.model_dirs, os.path.realpath)
+            self._write("written.json", json.dumps({**self._written(name, path), name: strict.digest(text.encode())}))
             write_trusted(path, text, owner=self._owner)
-            self.keep("written.json", {**written, name: strict.digest(text.encode())})
 
     def delete_recipe(self, name: str, settings: Settings) -> None:
         """Remove a recipe file that came over HTTP."""
@@ -99,15 +95,24 @@ class Store:
     def kept(self, name: str) -> dict[str, Any] | None:
         """Return what was kept under a name; what is lost or damaged is made again."""
         try:
-            return cast("dict[str, Any]", json.loads((self._state / name).read_bytes()))
+            return cast("dict[str, Any]", json.loads(self._unkept.get(name) or (self._state / name).read_bytes()))
         except (OSError, ValueError):
             return None
 
     def keep(self, name: str, content: dict[str, Any]) -> None:
-        """Keep something in the launcher's own directory."""
+        """Keep what can be found out again; a disk that is full has it kept in memory alone."""
+        text = self._unkept[name] = json.dumps(content)
+        try:
+            self._write(name, text)
+            self._unkept.pop(name, None)
+        except (OSError, ConfigError) as error:
+            sys.stderr.write(f"not kept: {error!s:.300}\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a file in the launcher's own directory."""
         path = self._state / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_trusted(str(path), json.dumps(content, ensure_ascii=False), owner=self._owner, mode=0o600)
+        write_trusted(str(path), text, owner=self._owner, mode=0o600)
 
     def _loaded(self, path: str, raw: bytes | None = None) -> LoadedRecipes:
         from llmstudiod.core.recipe_reader import parse_recipe_bytes

@@ -4,6 +4,7 @@ No link is followed, and no directory above them may be open to others' renaming
 """
 
 import contextlib
+import errno
 import os
 import stat
 import threading
@@ -11,8 +12,9 @@ from collections.abc import Iterator
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
 from llmstudiod.core.recipe import MAX_FILE_BYTES
+from llmstudiod.core.strict import refuse_untrusted
 
-_HINT = "chown root, and chmod go-w: the file and every directory above it"
+_HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on its disk") | {errno.EROFS: "its disk is read-only"}
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -21,7 +23,7 @@ def read_trusted(path: str, *, owner: int) -> bytes:
     with _directory_of(path, owner) as (directory, name):
         descriptor = _open(name, os.O_RDONLY, directory, path)
     with open(descriptor, "rb") as stream:
-        _check(os.fstat(descriptor), path, owner)
+        refuse_untrusted(path, os.fstat(descriptor), owner=owner)
         return stream.read(MAX_FILE_BYTES + 1)
 
 
@@ -30,12 +32,16 @@ def write_trusted(path: str, text: str, *, owner: int, mode: int = 0o644) -> Non
     with _directory_of(path, owner) as (directory, name):
         part = f".{name}.{threading.get_ident()}.part"  # the launcher answers in threads
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600, dir_fd=directory)
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-        os.rename(part, name, src_dir_fd=directory, dst_dir_fd=directory)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fchmod(descriptor, mode)
+                os.fsync(descriptor)
+            os.rename(part, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except OSError:
+            os.unlink(part, dir_fd=directory)
+            raise
 
 
 def remove_trusted(path: str, *, owner: int) -> None:
@@ -54,10 +60,10 @@ def _directory_of(path: str, owner: int) -> Iterator[tuple[int, str]]:
             inner = _open(step, os.O_RDONLY | os.O_DIRECTORY, descriptor, path)
             os.close(descriptor)
             descriptor = inner
-            _check(os.fstat(descriptor), path, owner)
+            refuse_untrusted(path, os.fstat(descriptor), owner=owner)
         yield descriptor, name
     except OSError as error:
-        raise ConfigError(f"'{path}': {error.strerror}") from error
+        raise ConfigError(f"'{path}': {error.strerror}", hint=_HINTS.get(error.errno or 0)) from error
     finally:
         os.close(descriptor)
 
@@ -70,13 +76,3 @@ def _open(name: str, flags: int, directory: int, path: str) -> int:
             raise
         message = f"'{path}': expected no symbolic link on the way, found '{name}'"
         raise AccessDeniedError(message, hint="name the place that the link leads to") from error
-
-
-def _check(status: os.stat_result, path: str, owner: int) -> None:
-    is_directory, mode = stat.S_ISDIR(status.st_mode), stat.S_IMODE(status.st_mode)
-    if status.st_uid not in {0, owner}:
-        raise AccessDeniedError(f"'{path}': expected root to own it, found uid {status.st_uid}", hint=_HINT)
-    if mode & 0o022 and not (is_directory and mode & stat.S_ISVTX):
-        raise AccessDeniedError(f"'{path}': expected nobody but root to write it, found mode {mode:04o}", hint=_HINT)
-    if not is_directory and not stat.S_ISREG(status.st_mode):
-        raise AccessDeniedError(f"'{path}': expected a regular file, found something else")

@@ -1,6 +1,7 @@
 """What the launcher starts, writes and refuses, without systemd: recipes, trust in files, strict set, socket."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -347,6 +348,54 @@ def test_relative_paths_and_shards_are_found(etc: Path) -> None:
     found = model_files(recipe, launch, ("/nowhere", str(models)), os.path)
     assert found.model == tuple(str(models / f"big-0000{n}-of-00002.gguf") for n in (1, 2))
     assert (found.mmproj, found.n_ctx_train) == (str(models / "tiny.gguf"), 7)
+
+
+# A full disk
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel tells it, when a file is to be written out."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_stops_no_start(store: Store, etc: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is kept can be found out again: it is kept in memory, and told; nothing half-written is left."""
+    launch = launch_of(etc / "recipes.d" / "m.yaml")
+    assert recipe_of(store, launch).id == "m"
+    store.keep("binary.json", {"identity": [1]})
+    assert store.kept("binary.json") == {"identity": [1]}
+    assert "binary.json': No space left on device" in capfd.readouterr().err
+    (etc / "recipes.d" / "m.yaml").write_text("id: m\nmodel_pa")
+    assert recipe_of(store, launch).id == "m"
+    assert [path for path in (etc.parent / "state").rglob("*") if path.is_file()] == []
+
+
+def test_copies_are_written_when_there_is_room_again(
+    store: Store, etc: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file counts again then."""
+    request.getfixturevalue("full_disk")
+    store.keep("binary.json", {"identity": [1]})
+    monkeypatch.undo()
+    store.keep("binary.json", {"identity": [2]})
+    assert Store("", etc.parent / "state", owner=ME).kept("binary.json") == {"identity": [2]}
+    assert store.kept("binary.json") == {"identity": [2]}
+
+
+def test_full_disk_takes_no_recipe_over_http(store: Store, etc: Path, request: pytest.FixtureRequest) -> None:
+    """It could not be told from one that a person wrote; nothing is changed, and the hint says what to do."""
+    settings = store.settings()
+    request.getfixturevalue("full_disk")
+    with pytest.raises(ConfigError, match="No space left on device") as caught:
+        store.put_recipe("new.yaml", good(etc), settings)
+    assert caught.value.hint == "make room on its disk"
+    assert not (etc / "recipes.d" / "new.yaml").exists()
 
 
 # Writing
