@@ -29,7 +29,7 @@ from .host import Host, HostError  # noqa: TID252
 
 LAUNCHER = "llmstudio-launcher.service"
 JOURNALD = "systemd-journald.service"
-STATE = "/var/lib/llmstudio"
+STATE, LAUNCHER_STATE = "/var/lib/llmstudio", "/var/lib/llmstudio-launcher"
 FILES = "/srv/models"
 MODELS = (*CHATTERS, EMBEDDER)
 # MESSAGE_IDs of PID 1; source: systemd's sd-messages.h.
@@ -84,7 +84,8 @@ class Chaos:
             self.kill_model: 6, self.crash_model: 4, self.freeze_model: 2, self.kill_follower: 4, self.kill_journald: 1,
             self.restart_journald: 1, self.kill_launcher: 5, self.change_recipe: 5, self.break_recipe: 3,
             self.replace_recipe: 3, self.write_half_a_recipe: 2, self.take_recipe_away: 2, self.fill_disk: 2,
-            self.damage_state: 1, self.reload_systemd: 3, self.reexec_systemd: 2, self.unload: 4, self.force_unload: 2,
+            self.damage_state: 1, self.remove_state: 1,
+            self.reload_systemd: 3, self.reexec_systemd: 2, self.unload: 4, self.force_unload: 2,
             self.load: 3, self.cancel: 2, self.reset: 1,
         }  # fmt: skip
 
@@ -275,13 +276,19 @@ class Chaos:
         self._later(self._dice.uniform(0.2, 2), lambda: self._write_recipe(model))
 
     def fill_disk(self) -> None:
-        """Nothing can be recorded for a while."""
-        self._did("fill the state directory")
-        self._run("sh", "-c", f"dd if=/dev/zero of={STATE}/filler bs=4k 2>/dev/null || true")
+        """Nothing can be recorded for a while, by the daemon or by the launcher."""
+        self._did("fill the state directories")
+        for place in (STATE, LAUNCHER_STATE):
+            self._run("sh", "-c", f"dd if=/dev/zero of={place}/filler bs=4k 2>/dev/null || true")
         self._later(self._dice.uniform(1, 4), self._free_disk)
 
+    def remove_state(self) -> None:
+        """An administrator tidies up; the daemon has it open."""
+        self._did("remove state.db")
+        self._run("sh", "-c", f"rm -f {STATE}/state.db*")
+
     def _free_disk(self) -> None:
-        self._run("rm", "-f", f"{STATE}/filler")
+        self._run("rm", "-f", f"{STATE}/filler", f"{LAUNCHER_STATE}/filler")
 
     def damage_state(self) -> None:
         """The daemon dies, and its database is no database any more."""
@@ -322,8 +329,9 @@ def prepare(host: Host, directory: Path) -> Daemon:
     """Put models, recipes and settings into an installed host, and let it listen."""
     daemon = Daemon(host)
     daemon.reset()
-    host.run("mkdir", "-p", FILES, RECIPES)
+    host.run("mkdir", "-p", FILES, RECIPES, LAUNCHER_STATE)
     host.run("mount", "-t", "tmpfs", "-o", "size=3m,mode=0755", "tmpfs", STATE)
+    host.run("mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", LAUNCHER_STATE)
     for name, model in (
         ("tiny", TinyModel(eos_bias=0.0)),
         ("embed", TinyModel(name="embed", pooling_type="mean")),

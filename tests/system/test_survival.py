@@ -22,6 +22,7 @@ from .failures import TALKATIVE  # noqa: TID252
 
 NAMES = ("ada", "bob", "cyd")
 LAUNCHER = "llmstudio-launcher.service"
+LAUNCHER_STATE = "/var/lib/llmstudio-launcher"
 FOLLOWER = "journalctl --quiet --follow"
 
 
@@ -267,6 +268,50 @@ def test_recipes_that_were_moved_away_for_a_moment(three: Daemon, how: str) -> N
     wait_until(lambda: all(three.status(name)["state"] == "ready" for name in NAMES))
     assert all(three.chat(name) for name in NAMES)
     assert {name: three.pid(unit_of(name)) for name in NAMES} == pids
+
+
+def test_model_without_its_socket_is_started_afresh(three: Daemon) -> None:
+    """Found by a daemon that comes later: who asks waits some seconds, and it counts as no failure."""
+    pid = three.pid(unit_of("ada"))
+    three.systemctl("stop", *SOCKETS, SERVICE)
+    three.host.run("sh", "-c", "rm /run/llmstudio-models/ada/llama.sock")
+    three.listen()
+    began = time.monotonic()
+    assert three.chat("ada")
+    assert time.monotonic() - began < 20
+    assert three.pid(unit_of("ada")) != pid
+    assert three.status("ada")["failures"] == 0
+    assert "nobody listens at its socket" in [step["cause"] for step in three.status("ada")["story"]]
+    assert three.status("bob")["state"] == "ready"
+
+
+def test_full_disk_of_the_launcher_stops_no_start(daemon: Daemon) -> None:
+    """A recipe that it has never seen is started, and one over HTTP is refused with the next step."""
+    daemon.host.run("mkdir", "-p", LAUNCHER_STATE)
+    daemon.host.run("mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", LAUNCHER_STATE)
+    try:
+        daemon.host.run("sh", "-c", f"dd if=/dev/zero of={LAUNCHER_STATE}/filler bs=4k 2>/dev/null || true")
+        daemon.put_recipe(recipe("ada"))
+        daemon.listen()
+        assert daemon.chat("ada")
+        assert "No space left on device" in daemon.host.journal(LAUNCHER)
+    finally:
+        daemon.systemctl("stop", LAUNCHER)
+        daemon.host.run("umount", LAUNCHER_STATE)
+
+
+def test_state_that_is_removed_is_written_again(daemon: Daemon) -> None:
+    """What was kept, and what is kept from now on, is there after a restart."""
+    daemon.put_recipe(recipe("ada"))
+    daemon.put_recipe(recipe("bob"))
+    daemon.listen()
+    daemon.ctl("pin", "ada")
+    daemon.host.run("sh", "-c", "rm /var/lib/llmstudio/state.db*")
+    time.sleep(1.5)  # it looks once a second
+    daemon.ctl("pin", "bob")
+    daemon.systemctl("restart", SERVICE)
+    wait_until(lambda: all(daemon.status(name)["is_pinned"] for name in ("ada", "bob")))
+    assert "was removed while it was in use" in daemon.host.journal(SERVICE)
 
 
 def test_crash_loop_is_ended_by_its_budget(daemon: Daemon) -> None:
