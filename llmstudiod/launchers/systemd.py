@@ -24,6 +24,7 @@ from llmstudiod.launchers.privileged import PrivilegedHelper, launch
 COMMAND_TIMEOUT_S = 45.0
 SETTLE_S = 0.05
 RETRY_S = 0.5
+ASK_AGAIN_S = (0.1, 0.3, 1.0, 2.0)  # systemd executes itself anew in less
 JOURNAL_LAG_S = 0.35
 LAST_LINES = 50
 LATE_JOURNAL_S = 3.0
@@ -162,9 +163,12 @@ class SystemdLauncher:
     async def find_running(self) -> list[FoundUnit]:
         """Return the units that run, with what they say of themselves in their environment."""
         # Only what is running: a unit that is just being stopped, or has failed, is cleared away by the next start.
-        code, output = await _run(
-            ["systemctl", "show", "--property=Id,ActiveState,MainPID,InvocationID,Environment", f"{PREFIX}*.service"]
-        )
+        names = "--property=Id,ActiveState,MainPID,InvocationID,Environment"
+        code, output = await _run(question := ["systemctl", "show", names, f"{PREFIX}*.service"])
+        for pause_s in ASK_AGAIN_S:
+            if code:
+                await asyncio.sleep(pause_s)
+                code, output = await _run(question)
         if code:
             raise LauncherError(f"systemd does not tell which models run: {output.strip()}")
         found = [unit for block in output.split("\n\n") if (unit := _found(block)) is not None]

@@ -216,15 +216,10 @@ async def test_follower_may_begin_with_what_was_written_before(rig: Rig) -> None
     assert len(numbers) > 3
 
 
-@pytest.mark.skipif(KIND != "systemd", reason="only units have names that others may take")
-async def test_systemctl_that_gives_no_answer_is_asked_again(
-    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No answer is not the end of the server: it is being used."""
-    unit = await rig.start(FOR_EVER)
-    left = tmp_path / "left"
+def silent_systemctl(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have three questions fail, as while systemd executes itself anew; return the file that counts those left."""
+    left, stub = directory / "left", directory / "systemctl"
     left.write_text("xxx")
-    stub = tmp_path / "systemctl"
     stub.write_text(
         f"""#!/bin/sh
         [ "$1" = show ] && [ -s {left} ] && {{ printf '%s' "$(cat {left} | cut -c2-)" > {left}; exit 1; }}
@@ -232,7 +227,27 @@ async def test_systemctl_that_gives_no_answer_is_asked_again(
         """
     )
     stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    return left
+
+
+@pytest.mark.skipif(KIND != "systemd", reason="only units have names that others may take")
+async def test_running_units_are_found_though_systemd_is_busy(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that took no answer for none running would start them anew."""
+    unit = await rig.start(FOR_EVER)
+    silent_systemctl(tmp_path, monkeypatch)
+    assert unit in [found.unit for found in await rig.launcher.find_running()]
+
+
+@pytest.mark.skipif(KIND != "systemd", reason="only units have names that others may take")
+async def test_systemctl_that_gives_no_answer_is_asked_again(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer is not the end of the server: it is being used."""
+    unit = await rig.start(FOR_EVER)
+    left = silent_systemctl(tmp_path, monkeypatch)
     waiting = asyncio.ensure_future(rig.launcher.wait(unit))  # noqa: TID251 - awaited below
     await until(lambda: asyncio.sleep(0, not left.read_text()))
     await asyncio.sleep(1)
