@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from llmstudiod.adapters import probe
 from llmstudiod.adapters.planner import Plan, Planner
-from llmstudiod.adapters.probe import NotOurs
+from llmstudiod.adapters.probe import NotOurs, SlotsSeen
 from llmstudiod.adapters.proc import Pulse
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.events import (
@@ -34,7 +34,7 @@ from llmstudiod.core.lifecycle import Failure, InstanceView
 from llmstudiod.core.load_log import Expected, read_load
 from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash
-from llmstudiod.core.vigil import Look, Movement, Verdict, Vigil, is_alarming
+from llmstudiod.core.vigil import Alarms, Look, Movement, Verdict, Vigil
 from llmstudiod.launchers.base import FoundUnit, Launcher, Unit
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ LOG_LINES, LOG_TRIES, LOG_LAG_S = 1000, 4, 0.5  # a load writes some fifty, and 
 BUSY_LOOK_S, IDLE_LOOK_S, SOON_S = 5.0, 15.0, 1.0
 TOKEN_S = 30.0
 STOP_PAUSES_S = (0.5, 2.0, 0.0)
-ALARM_LINES = 200
 HUNG_HINT = "it is started anew; its log and `dmesg` may tell why"
 INTERNAL = Failure("internal", "an internal error, see the daemon's log")
 
@@ -261,46 +260,43 @@ class Runs:
         """Look after a ready server for as long as it runs; tell when it does not answer any more."""
         shown = self._view(model)
         vigil = Vigil(self._clock(), patience_s=shown.spec.stall_timeout_s if shown else 120.0)
-        verdict, alarms = Verdict.WELL, tuple[str, ...]()
+        verdict, alarms = Verdict.WELL, Alarms()
         while verdict is not Verdict.HUNG:
             shown = self._view(model)
             if shown is None or shown.run != run.number:
                 return
             is_busy = shown.in_flight > 0
             await asyncio.sleep(SOON_S if verdict is Verdict.WAIT else BUSY_LOOK_S if is_busy else IDLE_LOOK_S)
-            alarms, before = self._alarms(run), alarms
-            look = await self._look(model, run, socket_path, is_alarmed=bool(alarms) and alarms != before)
-            verdict = vigil.look(look)
+            assert run.unit is not None
+            is_alarmed = alarms.are_new(self._launcher.told(run.unit), self._launcher.n_told(run.unit))
+            verdict = vigil.look(await self._look(model, run, socket_path, is_alarmed=is_alarmed))
             if verdict is Verdict.ASK:
-                is_embedding = run.recipe is not None and run.recipe.embedding
+                is_embedding = run.recipe is not None and (run.recipe.embedding or run.recipe.rerank)
                 answered = await probe.produces_a_token(socket_path, is_embedding=is_embedding, within_s=TOKEN_S)
-                verdict = vigil.asked(self._clock(), has_answered=answered, within_s=TOKEN_S)
-        failure = Failure("hung", f"it does not answer any more: {vigil.reason}", HUNG_HINT, tuple(alarms[-5:]))
+                look = await self._look(model, run, socket_path)
+                verdict = vigil.asked(look, has_answered=answered, within_s=TOKEN_S)
+        failure = Failure("hung", f"it does not answer any more: {vigil.reason}", HUNG_HINT, tuple(alarms.last))
         logger.error("%s: %s", model, failure.message)
         self._post(UnitHung(self._clock(), model, run.number, failure))
 
-    async def _look(self, model: str, run: Run, socket_path: str, *, is_alarmed: bool) -> Look:
+    async def _look(self, model: str, run: Run, socket_path: str, *, is_alarmed: bool = False) -> Look:
         assert run.unit is not None
         status, _ = await probe.get(socket_path, "/health")
         shown = self._view(model)
         n_in_flight = shown.in_flight if shown else 0
-        slots = await probe.slots(socket_path) if status and n_in_flight else None
+        slots = await probe.slots(socket_path) if status and n_in_flight else SlotsSeen(None, 0)
         pulse = await asyncio.to_thread(self._pulse, run.unit)
         return Look(
             at=self._clock(),
             answers=status != 0,
             n_in_flight=n_in_flight,
             slots=slots.progress if slots else None,
+            is_mute=slots is None,
             n_free=slots.n_free if slots else 0,
             cpu_s=pulse.cpu_s,
             is_stopped=pulse.is_stopped,
             is_alarmed=is_alarmed,
         )
-
-    def _alarms(self, run: Run) -> tuple[str, ...]:
-        """Return the lines of late that sound fatal; a client may have had them written."""
-        assert run.unit is not None
-        return tuple(line for line in self._launcher.told(run.unit)[-ALARM_LINES:] if is_alarming(line))
 
     async def _watch_progress(self, model: str, run: Run) -> None:
         """Tell the scheduler whenever something moves in a loading server, so that only a standstill counts."""
@@ -312,7 +308,7 @@ class Runs:
         while True:
             seen = await asyncio.to_thread(self._pulse, unit)
             lines = self._launcher.told(unit)
-            mark = (seen.mark, len(lines), lines[-1:])
+            mark = (seen.mark, self._launcher.n_told(unit))
             if movement.is_seen(self._clock(), mark, cpu_s=seen.cpu_s):
                 facts = read_load(lines, expected)
                 in_memory = min(0.95, (seen.resident or 0) / n_bytes) if n_bytes else 0.0

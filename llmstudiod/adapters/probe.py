@@ -13,6 +13,7 @@ LONGEST_PAUSE_S = 0.25
 ANSWER_TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 4 << 20
 FOREIGN = "somebody who does not speak llama-server's language"
+NOT_IMPLEMENTED = 501  # of a question to a server for embeddings alone, or for none
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +100,30 @@ async def ask(socket_path: str, path: str, sent: bytes | None, *, within_s: floa
 class SlotsSeen:
     """How far each slot is, and how many do nothing."""
 
-    progress: tuple[tuple[int, int, int], ...]  # task, tokens of its prompt done, tokens produced
+    progress: (
+        tuple[tuple[int, int, int], ...] | None
+    )  # task, tokens of its prompt done, tokens produced; None: not told
     n_free: int
 
 
 async def slots(socket_path: str) -> SlotsSeen | None:
-    """Return what /slots says, or None where it does not answer. Source: llama-server's README, GET /slots."""
+    """Return what /slots says, or None where it does not answer in time. Source: llama-server's README, GET /slots.
+
+    An answer that tells nothing is one too: /slots may be switched off (501), and is answered without the main loop.
+    """
     status, body = await get(socket_path, "/slots")
+    if not status:
+        return None
     try:
         told = json.loads(body) if status == 200 else None
         if not isinstance(told, list):
-            return None
+            return SlotsSeen(None, 0)
         progress = tuple(
             (_number(slot, "id_task"), _number(slot, "n_prompt_tokens_processed"), _decoded(slot)) for slot in told
         )
         return SlotsSeen(progress, sum(not slot.get("is_processing") for slot in told))
     except (ValueError, RecursionError, TypeError, AttributeError):
-        return None
+        return SlotsSeen(None, 0)
 
 
 async def slot_table(socket_path: str) -> list[dict[str, Any]] | None:
@@ -151,11 +159,16 @@ def _decoded(slot: dict[str, Any]) -> int:
 
 
 async def produces_a_token(socket_path: str, *, is_embedding: bool, within_s: float) -> bool:
-    """Return whether the server computes: one token, or one embedding, asked for with as little as possible."""
-    path, body = (
-        ("/embedding", {"content": "a"})
-        if is_embedding
-        else ("/completion", {"prompt": "a", "n_predict": 1, "cache_prompt": False})
-    )
-    status, _ = await ask(socket_path, path, json.dumps(body).encode(), within_s=within_s)
-    return 0 < status < 500
+    """Return whether the server computes: one token, or one embedding, asked for with as little as possible.
+
+    ``is_embedding`` says which to ask for first; it may be that of another recipe than the server was started with.
+    """
+    questions = [
+        ("/completion", {"prompt": "a", "n_predict": 1, "cache_prompt": False}),
+        ("/embedding", {"content": "a"}),
+    ]
+    for path, body in reversed(questions) if is_embedding else questions:
+        status, _ = await ask(socket_path, path, json.dumps(body).encode(), within_s=within_s)
+        if status != NOT_IMPLEMENTED:
+            return 0 < status < 500
+    return True  # it has no such question; that it says so is all there is

@@ -3,14 +3,17 @@
 A missed health probe alone proves nothing: a burst of connections can hold /health back for seconds while the server
 works. And a line in its log proves nothing, since clients can write there. So a server counts as hung only when it
 answers nothing new and its process does nothing either, or when requests stand still in it for long, or when it cannot
-produce one token.
+produce one token though nothing else holds it up: one that is asked for behind full slots waits for its turn.
 """
 
 import re
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 MISSES = 3
+LAST_ALARMS = 5
 _ALARMING = re.compile(r"\b(?:CUDA|ROCm|MUSA) error\b|ErrorDeviceLost|GGML_ASSERT\(|ggml_abort")
 PATIENCE_FACTOR = 5  # for a process that computes: one step of a large prompt on a CPU can take minutes
 
@@ -28,8 +31,9 @@ class Verdict(StrEnum):
 class Look:
     """What was seen of a server at one moment.
 
-    ``answers``: /health did in time. ``slots``: how far each slot is, None where it was not asked or did
-    not say. ``n_free``: slots that do nothing. ``cpu_s``: the CPU time of its process so far, None: not known.
+    ``answers``: /health did in time. ``slots``: how far each slot is, None where it was not asked, or does not say
+    since that is switched off. ``is_mute``: it was asked for its slots, and gave no answer in time. ``n_free``: slots
+    that do nothing, as far as that is known. ``cpu_s``: the CPU time of its process so far, None: not known.
     ``is_stopped``: a signal stopped the process. ``is_alarmed``: a line of its log that is new sounds fatal.
     """
 
@@ -37,6 +41,7 @@ class Look:
     answers: bool
     n_in_flight: int
     slots: tuple[object, ...] | None = None
+    is_mute: bool = False
     n_free: int = 0
     cpu_s: float | None = None
     is_stopped: bool = False
@@ -53,6 +58,7 @@ class Vigil:
         self._missed_at = at
         self._slots: tuple[object, ...] | None = None
         self._cpu_s: float | None = None
+        self._is_alarmed = False  # and could not be asked yet
         self.reason = ""
 
     def look(self, look: Look) -> Verdict:
@@ -61,29 +67,59 @@ class Vigil:
         if not look.answers:
             return self._missed(look, computes=computes)
         self._misses = 0
-        if look.is_alarmed:
+        moves = self._moves(look, computes=computes)
+        if self._is_to_be_asked(look, moves=moves, computes=computes):
             return Verdict.ASK
-        moves = computes if look.slots is None else look.slots != self._slots
         if look.n_in_flight == 0 or moves:
-            self._slots = look.slots
             self._moved_at = look.at
             return Verdict.WELL
-        still_s = look.at - self._moved_at
-        may_be_slow = look.n_free == 0 and computes and still_s < PATIENCE_FACTOR * self._patience_s
-        if still_s < self._patience_s or may_be_slow:
+        if self._may_be_slow(look, computes=computes):
             return Verdict.WELL
-        if look.n_free:
+        if look.n_free or look.is_mute:
             return Verdict.ASK
+        still_s = look.at - self._moved_at
         self.reason = f"/health answers, but its {look.n_in_flight} requests have stood still for {still_s:.0f} s"
         return Verdict.HUNG
 
-    def asked(self, at: float, *, has_answered: bool, within_s: float) -> Verdict:
-        """Take what came of ASK."""
-        if has_answered:
-            self._moved_at = at
+    def asked(self, look: Look, *, has_answered: bool, within_s: float) -> Verdict:
+        """Take what came of ASK, and a look after it: what others had in it meanwhile may have held the token up."""
+        computes = self._computes(look)
+        if not has_answered and not look.answers:
+            return self._missed(look, computes=computes)
+        self._misses = 0
+        moves = look.n_in_flight > 0 and self._moves(look, computes=computes)
+        if has_answered or moves:
+            self._moved_at = look.at
+            return Verdict.WELL
+        if look.n_in_flight and not look.n_free and computes and self._may_be_slow(look, computes=True):
             return Verdict.WELL
         self.reason = f"/health answers, but it could not produce one token within {within_s:.0f} s"
         return Verdict.HUNG
+
+    def _is_to_be_asked(self, look: Look, *, moves: bool, computes: bool) -> bool:
+        """Whether an alarm is reason to ask now: not behind full slots of a server that does something.
+
+        Slots that move at the next look are an answer as good as a token.
+        """
+        is_alarmed = self._is_alarmed or look.is_alarmed
+        has_room = look.n_in_flight == 0 or look.n_free > 0
+        is_asked = is_alarmed and (has_room or not (moves or computes))
+        self._is_alarmed = is_alarmed and not is_asked and (look.is_alarmed or not moves)
+        return is_asked
+
+    def _moves(self, look: Look, *, computes: bool) -> bool:
+        """Whether its requests have got on; where /slots is switched off its process stands for them."""
+        if look.is_mute:
+            return False
+        if look.slots is None:
+            return computes
+        before, self._slots = self._slots, look.slots
+        return look.slots != before
+
+    def _may_be_slow(self, look: Look, *, computes: bool) -> bool:
+        """Whether its requests have not stood still for so long that it means something."""
+        factor = PATIENCE_FACTOR if computes and not look.n_free else 1
+        return look.at - self._moved_at < factor * self._patience_s
 
     def _missed(self, look: Look, *, computes: bool) -> Verdict:
         if self._misses == 0:
@@ -128,3 +164,19 @@ class Movement:
 def is_alarming(line: str) -> bool:
     """Whether a line of a ready server's log is reason enough to ask it for a token; no more than that."""
     return _ALARMING.search(line) is not None
+
+
+class Alarms:
+    """What of a run's lines sounds fatal, ``last`` the latest ones. A client may have had them written."""
+
+    def __init__(self) -> None:
+        self.last: deque[str] = deque(maxlen=LAST_ALARMS)
+        self._n_seen = 0
+
+    def are_new(self, lines: Sequence[str], n_told: int) -> bool:
+        """Take the lines at hand, and how many there ever were; return whether a new one sounds fatal."""
+        n_new = n_told - self._n_seen if n_told >= self._n_seen else n_told
+        self._n_seen = n_told
+        found = [line for line in lines[max(0, len(lines) - n_new) :] if is_alarming(line)]
+        self.last += found
+        return bool(found)

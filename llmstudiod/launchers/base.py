@@ -79,6 +79,9 @@ class Launcher(Protocol):
     def told(self, unit: Unit) -> list[str]:
         """Return what a run has written so far, oldest first, as far as it is at hand; never waits."""
 
+    def n_told(self, unit: Unit) -> int:
+        """Return how many lines a run has written so far, those that are not at hand any more among them."""
+
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines of the model's log, then those that its server writes from now on."""
 

@@ -60,6 +60,11 @@ class Journal:
         while len(self._ended) > MAX_ENDED:
             self._runs.pop(self._ended.popleft(), None)
 
+    def count(self, invocation_id: str) -> int:
+        """Return how many lines a run has written since `start`."""
+        lines = self._runs.get(invocation_id)
+        return lines.count if lines else 0
+
     async def close(self) -> None:
         """End the follower."""
         if self._task is not None:

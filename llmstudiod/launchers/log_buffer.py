@@ -19,15 +19,17 @@ def cut(line: str) -> str:
 
 
 class Lines:
-    """The last lines that were added, oldest first."""
+    """The last lines that were added, oldest first. ``count``: how many there ever were."""
 
     def __init__(self) -> None:
+        self.count = 0
         self._lines: deque[str] = deque()
         self._n_bytes = 0
 
     def add(self, line: str) -> str:
         """Take a line; return it as it is kept."""
         line = cut(line)
+        self.count += 1
         self._lines.append(line)
         self._n_bytes += _size(line)
         while self._n_bytes > MAX_BYTES or len(self._lines) > MAX_LINES:
@@ -48,10 +50,14 @@ class LogBuffer:
     """A ring of lines that lives through restarts of its model; a follower that is too slow loses lines."""
 
     def __init__(self) -> None:
-        self.count = 0  # lines ever seen: shows that a loading server is alive
         self._lines = Lines()
         self._run_began_at = 0
         self._followers: set[asyncio.Queue[str]] = set()
+
+    @property
+    def count(self) -> int:
+        """How many lines there ever were: shows that a loading server is alive."""
+        return self._lines.count
 
     def begin_run(self) -> None:
         """Remember where the lines of this run begin: a line of the last failure must not explain the next one."""
@@ -61,14 +67,18 @@ class LogBuffer:
         """Return the last lines of all runs, oldest first."""
         return self._lines.all()[-limit:] if limit > 0 else []
 
+    @property
+    def count_of_run(self) -> int:
+        """How many lines the present run has written."""
+        return self.count - self._run_began_at
+
     def last_of_run(self, limit: int) -> list[str]:
         """Return the last lines of the present run."""
-        return self.last(min(limit, self.count - self._run_began_at))
+        return self.last(min(limit, self.count_of_run))
 
     def add(self, raw: bytes) -> None:
         """Take one line without its end."""
         line = self._lines.add(raw.decode(errors="replace").rstrip("\r"))
-        self.count += 1
         for queue in self._followers:
             if not queue.full():
                 queue.put_nowait(line)

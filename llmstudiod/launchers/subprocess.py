@@ -171,6 +171,10 @@ class SubprocessLauncher:
         """Return the lines since the model was started last."""
         return self._log(unit.model_id).last_of_run(MAX_LINES)
 
+    def n_told(self, unit: Unit) -> int:
+        """Return how many lines there were since the model was started last."""
+        return self._log(unit.model_id).count_of_run
+
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the last lines, then new ones as they come, over restarts of the model too."""
         return self._log(model_id).follow(limit)

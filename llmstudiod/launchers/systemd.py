@@ -56,7 +56,6 @@ class SystemdLauncher:
     def __init__(self, helper: PrivilegedHelper) -> None:
         self._helper = helper
         self._journal = Journal()
-        self._started: set[str] = set()  # the runs that the journal was followed through from their beginning
 
     def socket_path(self, model_id: str) -> str:
         """Return the socket in the unit's own runtime directory."""
@@ -87,7 +86,6 @@ class SystemdLauncher:
                 shown = await _answered(name)
         except TimeoutError:
             raise LauncherError(f"cannot start {name}: systemd does not tell its state") from None
-        self._started.add(shown["InvocationID"])
         return Unit(request.model_id, name, int(shown["MainPID"]), shown["InvocationID"])
 
     async def _start_unit(self, request: LaunchRequest) -> None:
@@ -148,6 +146,10 @@ class SystemdLauncher:
     def told(self, unit: Unit) -> list[str]:
         """Return what the journal's follower has brought of a run."""
         return self._journal.lines(unit.invocation_id)
+
+    def n_told(self, unit: Unit) -> int:
+        """Return how many lines the journal's follower has brought of a run."""
+        return self._journal.count(unit.invocation_id)
 
     def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Return the journal's last lines, then new ones as they come, some 200 ms late."""

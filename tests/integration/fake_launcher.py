@@ -87,6 +87,10 @@ class FakeLauncher(Launcher):
         """Return no lines: it writes none."""
         return []
 
+    def n_told(self, unit: Unit) -> int:
+        """Count no lines: it writes none."""
+        return 0
+
     async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
         """Yield no lines."""
         lines: tuple[str, ...] = ()

@@ -68,6 +68,10 @@ class NoLauncher:
         """Never asked here."""
         raise NotImplementedError
 
+    def n_told(self, unit: Unit) -> int:
+        """Never asked here."""
+        raise NotImplementedError
+
     async def find_failed(self) -> list[tuple[str, Exit]]:
         """Never asked here."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llmstudiod.core.vigil import Look, Movement, Verdict, Vigil, is_alarming
+from llmstudiod.core.vigil import Alarms, Look, Movement, Verdict, Vigil, is_alarming
 
 WELL = Look(at=0.0, answers=True, n_in_flight=0, cpu_s=1.0)
 
@@ -66,9 +66,10 @@ def test_requests_that_stand_still_while_a_slot_is_free() -> None:
     vigil = Vigil(0.0, patience_s=25)
     found = verdicts(vigil, *[busy(3, n_free=1)] * 5)
     assert Verdict.ASK in found
-    assert vigil.asked(60.0, has_answered=True, within_s=30) is Verdict.WELL
-    assert vigil.look(dataclasses.replace(busy(3, n_free=1), at=70.0)) is Verdict.WELL
-    assert vigil.asked(99.0, has_answered=False, within_s=30) is Verdict.HUNG
+    still = busy(3, n_free=1)
+    assert vigil.asked(dataclasses.replace(still, at=60.0), has_answered=True, within_s=30) is Verdict.WELL
+    assert vigil.look(dataclasses.replace(still, at=70.0)) is Verdict.WELL
+    assert vigil.asked(dataclasses.replace(still, at=99.0), has_answered=False, within_s=30) is Verdict.HUNG
     assert "one token" in vigil.reason
 
 
@@ -92,7 +93,78 @@ def test_alarm_asks_and_never_kills() -> None:
     """A client may have had that line written."""
     vigil = Vigil(0.0, patience_s=25)
     assert vigil.look(dataclasses.replace(WELL, is_alarmed=True)) is Verdict.ASK
-    assert vigil.asked(1.0, has_answered=True, within_s=30) is Verdict.WELL
+    assert vigil.asked(dataclasses.replace(WELL, at=1.0), has_answered=True, within_s=30) is Verdict.WELL
+
+
+def test_alarm_of_an_idle_server_that_computes_no_token() -> None:
+    """Nobody else is in it, so nothing can have held the token up."""
+    vigil = Vigil(0.0, patience_s=25)
+    assert vigil.look(dataclasses.replace(WELL, is_alarmed=True)) is Verdict.ASK
+    assert vigil.asked(dataclasses.replace(WELL, at=31.0, cpu_s=9.0), has_answered=False, within_s=30) is Verdict.HUNG
+
+
+def test_alarm_behind_full_slots_that_move_asks_for_nothing() -> None:
+    """A token would wait for its turn; that they still move at the next look is an answer as good."""
+    vigil = Vigil(0.0, patience_s=25)
+    alarmed = dataclasses.replace(busy(2, cpu_s=2.0), is_alarmed=True)
+    found = verdicts(vigil, busy(1), alarmed, *[busy(n, cpu_s=float(n)) for n in range(3, 8)], busy(9, n_free=1))
+    assert found == [Verdict.WELL] * 8
+
+
+def test_alarm_behind_full_slots_is_asked_about_once_one_is_free() -> None:
+    """That they moved before the line came says nothing of what came after it."""
+    vigil = Vigil(0.0, patience_s=25)
+    found = verdicts(vigil, busy(1), dataclasses.replace(busy(2), is_alarmed=True), busy(3, n_free=1))
+    assert found == [Verdict.WELL, Verdict.WELL, Verdict.ASK]
+
+
+def test_alarm_behind_full_slots_that_neither_move_nor_compute_is_asked_about() -> None:
+    """Nobody has to wait for as long as its patience then."""
+    vigil = Vigil(0.0, patience_s=25)
+    found = verdicts(vigil, busy(1), dataclasses.replace(busy(1), is_alarmed=True))
+    assert found == [Verdict.WELL, Verdict.ASK]
+    assert vigil.asked(dataclasses.replace(busy(1), at=52.0), has_answered=False, within_s=30) is Verdict.HUNG
+
+
+@pytest.mark.parametrize(
+    "after",
+    [busy(5, cpu_s=2.0), dataclasses.replace(busy(1, cpu_s=2.0), slots=None, is_mute=True), busy(1, cpu_s=2.0)],
+    ids=["moved", "in a long step", "full"],
+)
+def test_token_that_had_to_wait_for_others_proves_nothing(after: Look) -> None:
+    """A slot was free when it was asked for, and others were faster; the server works at what they want."""
+    vigil = Vigil(0.0, patience_s=25)
+    assert verdicts(vigil, busy(1), dataclasses.replace(busy(1, n_free=1), is_alarmed=True))[-1] is Verdict.ASK
+    assert vigil.asked(dataclasses.replace(after, at=52.0), has_answered=False, within_s=30) is Verdict.WELL
+
+
+def test_question_to_a_server_that_answers_nothing_any_more_is_a_missed_probe() -> None:
+    """It may have frozen while it was asked; three probes tell, as always."""
+    vigil = Vigil(0.0, patience_s=120)
+    assert vigil.look(dataclasses.replace(WELL, is_alarmed=True)) is Verdict.ASK
+    silent = dataclasses.replace(WELL, answers=False, at=40.0)
+    assert vigil.asked(silent, has_answered=False, within_s=30) is Verdict.WAIT
+
+
+def test_server_that_spins_and_tells_no_slots_is_noticed() -> None:
+    """/health has a thread of its own and says 200 while the GPU's driver waits in a loop; that has its time."""
+    vigil = Vigil(0.0, patience_s=25)
+    spins = [dataclasses.replace(busy(1, cpu_s=float(n)), slots=None, is_mute=True) for n in range(2, 20)]
+    found = verdicts(vigil, busy(1), *spins)
+    assert found[:13] == [Verdict.WELL] * 13
+    assert found[13] is Verdict.ASK
+    last = dataclasses.replace(spins[-1], at=171.0, cpu_s=99.0)
+    assert vigil.asked(last, has_answered=False, within_s=30) is Verdict.HUNG
+
+
+def test_long_step_in_which_slots_are_not_told_is_no_standstill() -> None:
+    """/slots is answered between two steps of a large prompt; what has moved by then counts."""
+    vigil = Vigil(0.0, patience_s=25)
+    looks = []
+    for n in range(40):
+        told = busy(n, cpu_s=float(n))
+        looks.append(told if n % 10 == 0 else dataclasses.replace(told, slots=None, is_mute=True))
+    assert verdicts(vigil, *looks) == [Verdict.WELL] * 40
 
 
 def test_server_without_slots_is_judged_by_its_process() -> None:
@@ -139,3 +211,16 @@ def test_load_that_spins_stands_still_in_the_end() -> None:
 def test_load_that_does_nothing_stands_still() -> None:
     """Also where its CPU time is not known."""
     assert moves(("a", 1.0), ("a", 1.0), ("a", None), ("a", None)) == [True, False, False, False]
+
+
+def test_line_is_new_once() -> None:
+    """Neither that others follow, nor that some are forgotten, makes an old line a new one; the same words again do."""
+    alarm, alarms = "GGML_ASSERT(\nx", Alarms()
+    assert alarms.are_new(["a", alarm, "b"], 3)
+    assert not alarms.are_new(["a", alarm, "b"], 3)
+    assert not alarms.are_new([alarm, "b", "c"], 4)
+    assert not alarms.are_new(["b", "c", "d"], 5)
+    assert alarms.are_new(["d", alarm, alarm], 7)
+    assert alarms.are_new([alarm, alarm, alarm], 8)
+    assert list(alarms.last) == [alarm] * 4
+    assert alarms.are_new(["e", alarm], 2)  # it is counted from the beginning again
