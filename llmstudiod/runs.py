@@ -387,4 +387,5 @@ async def _wait_for(event: asyncio.Event) -> None:
 def _failure_of(error: LlmstudioError) -> Failure:
     message = error.message.partition(": ")[2] if error.message.startswith("cannot load '") else error.message
     lines: Mapping[str, Any] = error.details
-    return Failure(str(lines.get("failure") or error.kind), message, error.hint, tuple(lines.get("lines", ())))
+    kind, told = str(lines.get("failure") or error.kind), tuple(lines.get("lines", ()))
+    return Failure(kind, message, error.hint, told, never_ran=True)

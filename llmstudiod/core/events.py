@@ -23,6 +23,7 @@ class Timer(StrEnum):
     OVERTAKE = "overtake"
     MEASURE = "measure"
     RESTART = "restart"
+    STABLE = "stable"
 
 
 # Events

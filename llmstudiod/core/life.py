@@ -4,6 +4,7 @@ Who may start, and who has to go for it, is decided in `llmstudiod.core.schedule
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import assert_never
 
 from llmstudiod.core import rejections, room
@@ -32,10 +33,14 @@ from llmstudiod.core.events import (
 from llmstudiod.core.lifecycle import Failure, Instance, Restart, State, StopCause
 from llmstudiod.core.memory_watch import MemoryWatch
 from llmstudiod.core.placement import Placement
-from llmstudiod.core.retry import forget_failures, note_failure
+from llmstudiod.core.retry import STABLE_S, forget_failures, note_failure
 
 SETTLED_S = 1.0  # a server that ends without an error so soon after it was ready was not stopped by somebody
 HUNG_GRACE_S = 5.0  # for what may still be on its way from a server that answers nothing new
+_WISHES = frozenset({StopCause.UNLOAD, StopCause.REMOVED, StopCause.SHUTDOWN})
+"""Causes for which somebody wants it gone, whatever else happens to it."""
+_REPLACED = frozenset({StopCause.RECIPE, StopCause.REMOVED, StopCause.DESERTED})
+"""Causes for which it goes though its recipe, the one in force, may want it to be up."""
 
 
 class Life:
@@ -57,13 +62,7 @@ class Life:
 
     def start(self, instance: Instance, at: float, placement: Placement | None) -> None:
         """Start it at a place that was found for it."""
-        self._last_run += 1
-        instance.run = self._last_run
-        instance.failure = None
-        instance.warnings = ()
-        instance.progress_at = at
-        instance.stop_cause = None
-        instance.is_stale = False
+        self._begin_run(instance, at, instance.spec.recipe_hash)
         instance.is_vetted = instance.is_proven = False
         instance.yields_to = None
         instance.overtake_at = 0.0
@@ -82,15 +81,22 @@ class Life:
         instance = self.instances.get(event.model)
         if instance is None or instance.is_resident:
             return
-        self._last_run += 1
-        instance.run = self._last_run
-        instance.progress_at = event.at
-        instance.stop_cause = None
-        instance.is_stale = event.recipe_hash != instance.spec.recipe_hash
+        self._begin_run(instance, event.at, event.recipe_hash)
         instance.placement = event.placement
         self.move(instance, State.LOADING, event.at, "it was running already")
         self.actions.append(WatchUnit(event.model, instance.run))
         self.set_timer(instance, Timer.STALL, event.at + instance.spec.stall_timeout_s)
+
+    def _begin_run(self, instance: Instance, at: float, recipe_hash: str) -> None:
+        """Let nothing of the run before be left; only its failures count on."""
+        self._last_run += 1
+        instance.run = self._last_run
+        instance.run_hash = recipe_hash
+        instance.failure = None
+        instance.warnings = ()
+        instance.progress_at = at
+        instance.stop_cause = None
+        instance.is_exhausted = False
 
     def found_failed(self, event: UnitFoundFailed) -> None:
         """Tell why a model of an earlier daemon ended; it may be started again at once."""
@@ -99,6 +105,7 @@ class Life:
             instance.failure = event.failure
             self.move(instance, State.FAILED, event.at, event.failure.message)
             instance.retry_at = event.at
+            self._see_to_restart(instance)
 
     def started(self, instance: Instance, event: UnitStarted) -> None:
         """Its process runs."""
@@ -130,6 +137,8 @@ class Life:
         instance.ready_at = instance.idle_since = event.at
         self.move(instance, State.READY, event.at, "/health answers 200")
         self.set_idle_timer(instance, event.at)
+        if instance.failures or instance.failed_at:
+            self.set_timer(instance, Timer.STABLE, event.at + STABLE_S)
         self.desk.admit(instance, event.at)
         self.replace_if_stale(instance, event.at)
 
@@ -137,6 +146,9 @@ class Life:
         """Its process has ended, or could not be started."""
         if instance.state is State.STOPPING or not instance.is_resident:
             return  # whoever stops it tells when nothing is left; until then its name and socket are taken
+        if instance.state is State.DRAINING and instance.stop_cause is StopCause.HUNG:
+            self.fail(instance, event.at, instance.failure or event.failure, was_serving=True)
+            return
         if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
             self._settle(instance, event.at, "it ended while it was drained")
             return
@@ -150,12 +162,15 @@ class Life:
         self.fail(instance, event.at, event.failure, was_serving=was_serving)
 
     def hung(self, instance: Instance, event: UnitHung) -> None:
-        """Take no more requests to a server that does not answer, and start it anew."""
-        if instance.state in {State.READY, State.DRAINING}:
-            instance.failure = event.failure
-            self.drain(instance, event.at, StopCause.HUNG)
-        elif instance.state is State.LOADING:  # it was found so; whoever waits for it waits for a fresh one
+        """Take no more requests to a server that does not answer, and start it anew; who is to go goes the sooner."""
+        if instance.state is State.LOADING:  # it was found so; whoever waits for it waits for a fresh one
             self.stop(instance, event.at, cause=StopCause.DESERTED, is_forced=True)
+        elif instance.state in {State.READY, State.DRAINING}:
+            instance.failure = event.failure
+            if instance.state is State.DRAINING and instance.stop_cause in _WISHES:
+                self._limit_drain(instance, event.at + HUNG_GRACE_S)
+            else:
+                self.drain(instance, event.at, StopCause.HUNG)
 
     def _try_again_alone(self, instance: Instance, event: UnitFailed) -> bool:
         """Let idle ones go and try once more where a GPU's memory was too small; return whether that is so.
@@ -182,17 +197,20 @@ class Life:
             if instance.waiters:  # they have sent nothing yet
                 return
         self.desk.refuse_all(instance, rejections.failed(instance.spec.id, failure, was_serving=was_serving))
+        self._see_to_restart(instance)
+
+    def _see_to_restart(self, instance: Instance) -> None:
+        """Have it started again by itself where its recipe says so."""
         if instance.spec.restart is Restart.ALWAYS:
             self.set_timer(instance, Timer.RESTART, instance.retry_at)
 
     def _note_failure(self, instance: Instance, at: float, failure: Failure) -> None:
-        note_failure(instance, at, chance=self._chance())
+        note_failure(instance, at, chance=self._chance(), is_crash=not failure.never_ran)
         instance.failure = failure
         instance.last_failure = (instance.run, failure)
         self._forget_run(instance, at)
         if instance.is_stale:  # the recipe in force now is another one, and has not failed yet
             forget_failures(instance, at)
-            instance.is_stale = False
         self.move(instance, State.FAILED, at, failure.message)
         self._answer_unloads(instance)
 
@@ -202,16 +220,24 @@ class Life:
         if not instance.in_flight:
             self.stop(instance, at)
             return
+        if instance.state is not State.DRAINING:
+            instance.drain_by = inf
         self.move(instance, State.DRAINING, at, instance.why_stopped)
         if cause is not StopCause.EVICT:
             limit_s = HUNG_GRACE_S if cause is StopCause.HUNG else instance.spec.drain_timeout_s
-            self.set_timer(instance, Timer.DRAIN, at + limit_s)
+            self._limit_drain(instance, at + limit_s)
+
+    def _limit_drain(self, instance: Instance, due_at: float) -> None:
+        """Let a drain end at this time, unless it does so sooner."""
+        if due_at < instance.drain_by:
+            instance.drain_by = due_at
+            self.set_timer(instance, Timer.DRAIN, due_at)
 
     def stop(self, instance: Instance, at: float, *, cause: StopCause | None = None, is_forced: bool = False) -> None:
         """End its process."""
         instance.stop_cause = cause or instance.stop_cause
         self.move(instance, State.STOPPING, at, instance.why_stopped)
-        is_forced = is_forced or instance.stop_cause is StopCause.HUNG  # it would not hear a polite word
+        is_forced = is_forced or instance.failure is not None  # it hangs, and would not hear a polite word
         self.actions.append(StopUnit(instance.spec.id, instance.run, is_forced))
 
     def gone(self, instance: Instance, event: UnitGone) -> None:
@@ -225,12 +251,17 @@ class Life:
             self.fail(instance, event.at, failure, was_serving=cause is StopCause.HUNG)
             return
         self._settle(instance, event.at, "no process is left")
-        if cause is StopCause.DESERTED and instance.spec.restart is Restart.ALWAYS and not instance.is_removed:
+        if cause in _REPLACED and not instance.is_removed:
+            self.load_if_always(instance)
+
+    def load_if_always(self, instance: Instance) -> None:
+        """Load what is to be up always, and is down for no reason of its own."""
+        if instance.spec.restart is Restart.ALWAYS:
             self.actions.append(LoadToo(instance.spec.id))
 
     def _settle(self, instance: Instance, at: float, cause: str) -> None:
         instance.failures = 0
-        instance.is_stale = False
+        instance.failure = None
         self._forget_run(instance, at)
         self.move(instance, State.STOPPED, at, cause)
         self._answer_unloads(instance)
@@ -270,7 +301,7 @@ class Life:
             case Timer.STALL:
                 self._stall_due(instance, event.at)
             case Timer.DRAIN:
-                if instance.state is State.DRAINING and instance.stop_cause is not StopCause.EVICT:
+                if instance.state is State.DRAINING and event.at >= instance.drain_by:
                     self.stop(instance, event.at)
             case Timer.OVERTAKE:
                 pass  # it only wakes us up to look for room
@@ -279,6 +310,10 @@ class Life:
             case Timer.RESTART:
                 if instance.state is State.FAILED and not instance.waiters and event.at >= instance.retry_at:
                     self.actions.append(LoadToo(instance.spec.id))
+            case Timer.STABLE:
+                if instance.state in {State.READY, State.DRAINING} and event.at >= instance.ready_at + STABLE_S:
+                    forget_failures(instance, event.at)
+                    self.actions.append(Publish(instance.spec.id))
             case _:
                 assert_never(event.timer)
 
@@ -313,16 +348,28 @@ class Life:
         if instance.is_stale and instance.is_idle:
             self.drain(instance, at, StopCause.RECIPE)
 
-    def recall(self, instance: Instance, at: float) -> None:
-        """Let an instance that drains for an eviction serve on: nobody needs its place any more."""
+    def recall(self, instance: Instance, at: float, why: str = "its place is not needed any more") -> None:
+        """Let an instance that drains serve on: nobody wants it gone any more."""
         instance.stop_cause = None
         instance.yields_to = None
-        self.move(instance, State.READY, at, "its place is not needed any more")
+        self.move(instance, State.READY, at, why)
         self.desk.admit(instance, at)
 
-    def clear(self, instance: Instance, at: float) -> None:
+    def clear(self, instance: Instance, at: float, why: str = "reset on request") -> None:
         """Forget its failures."""
         forget_failures(instance, at)
         if instance.state is State.FAILED:
-            self.move(instance, State.STOPPED, at, "reset on request")
+            self.move(instance, State.STOPPED, at, why)
             instance.failure = None
+
+    def forget_plan(self, instance: Instance, at: float) -> None:
+        """Let what failed without a process be tried again: whatever was missing may be there now."""
+        if (
+            instance.state is State.FAILED
+            and instance.failure
+            and instance.failure.never_ran
+            and instance.retry_at < inf
+        ):
+            instance.failures, instance.retry_at = 0, at
+            self._see_to_restart(instance)
+            self.actions.append(Publish(instance.spec.id))

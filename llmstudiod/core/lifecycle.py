@@ -6,6 +6,7 @@ Only the scheduler changes an `Instance`; everybody else reads the frozen `Insta
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 from typing import NamedTuple
 
 from llmstudiod.core.placement import Placement, Wish
@@ -85,6 +86,7 @@ class Failure:
     message: str
     hint: str | None = None
     lines: tuple[str, ...] = ()
+    never_ran: bool = False  # there was no process that could have crashed: a file, a flag or the launcher would not do
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Instance:
     since: float
     state: State = State.STOPPED
     run: int = 0
+    run_hash: str = ""  # of the recipe that this run was started with
     story: deque[Transition] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
     waiters: dict[int, Waiter] = field(default_factory=dict)  # insertion-ordered
     in_flight: dict[int, int | None] = field(default_factory=dict)  # ticket -> cost in tokens
@@ -144,9 +147,9 @@ class Instance:
     warnings: tuple[str, ...] = ()  # what of this run is not as it was asked for
     idle_since: float = 0.0
     last_used: float = 0.0
+    drain_by: float = inf  # when a drain ends whatever is still in flight
     yields_to: "Instance | None" = None  # for whom it made room; until that one is started it comes back no sooner
     overtake_at: float = 0.0  # when the timer that was set last for its waiters runs out
-    is_stale: bool = False
     is_removed: bool = False
     is_vetted: bool = False  # its plan was found good, so that evicting for it is not in vain
     is_proven: bool = False  # llama-server itself has said what it needs, or nobody can
@@ -172,6 +175,11 @@ class Instance:
     def is_resident(self) -> bool:
         """Whether it holds a process."""
         return self.state in RESIDENT
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether another recipe is in force than the one that its process was started with."""
+        return self.is_resident and self.run_hash != self.spec.recipe_hash
 
     @property
     def is_idle(self) -> bool:

@@ -3,7 +3,7 @@
 Each failure in a row doubles or trebles the wait; the first of a model that was ready costs none. Whoever fails
 ``restart_limit`` times within ``restart_window_s`` has used its budget up: it is left alone until the first of these
 failures is that long ago, unless an administrator resets it, its recipe changes, or it has been ready for a minute in
-between. 0 is no limit.
+between. 0 is no limit. What failed before there was a process backs off, and that is all: it is no crash.
 """
 
 from math import inf
@@ -15,7 +15,7 @@ JITTER = 0.2
 STABLE_S = 60.0
 
 
-def note_failure(instance: Instance, at: float, *, chance: float) -> None:
+def note_failure(instance: Instance, at: float, *, chance: float, is_crash: bool = True) -> None:
     """Count a failure and say when the next start may be; ``chance`` is from 0 to 1, and spreads the starts."""
     spec = instance.spec
     if instance.ready_at and at - instance.ready_at > STABLE_S:
@@ -24,9 +24,10 @@ def note_failure(instance: Instance, at: float, *, chance: float) -> None:
     instance.failures += 1
     wait_s = BACK_OFF_S[min(instance.failures, len(BACK_OFF_S)) - 1]
     instance.retry_at = at + wait_s * (1 + JITTER * chance)
-    recent = (*(each for each in instance.failed_at if each > at - spec.restart_window_s), at)
+    recent = tuple(each for each in instance.failed_at if each > at - spec.restart_window_s)
+    recent += (at,) if is_crash else ()
     instance.failed_at = recent[-spec.restart_limit :] if spec.restart_limit else ()
-    instance.is_exhausted = bool(spec.restart_limit) and len(instance.failed_at) >= spec.restart_limit
+    instance.is_exhausted = is_crash and bool(spec.restart_limit) and len(instance.failed_at) >= spec.restart_limit
     if instance.is_exhausted:
         instance.retry_at = max(instance.retry_at, instance.failed_at[0] + spec.restart_window_s)
     if spec.restart is Restart.NEVER:

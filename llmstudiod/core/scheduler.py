@@ -46,7 +46,6 @@ from llmstudiod.core.life import Life
 from llmstudiod.core.lifecycle import STORY_LENGTH, Instance, InstanceView, ModelSpec, State, StopCause, view
 from llmstudiod.core.memory_watch import MemoryWatch
 from llmstudiod.core.placement import Wish
-from llmstudiod.core.retry import forget_failures
 
 if TYPE_CHECKING:
     from llmstudiod.core.preview import Preview
@@ -221,6 +220,8 @@ class Scheduler:
         instance.unload_tickets.append(event.ticket)
         self._desk.refuse_all(instance, unloaded)
         if instance.state is State.STOPPING:
+            if instance.stop_cause in {StopCause.HUNG, StopCause.STALLED}:
+                instance.stop_cause = StopCause.UNLOAD  # it would be a failure, and may be started again for that
             return
         if event.is_forced or instance.state in {State.STARTING, State.LOADING}:
             self._life.stop(instance, event.at, cause=StopCause.UNLOAD, is_forced=event.is_forced)
@@ -247,8 +248,11 @@ class Scheduler:
         if instance is None:
             self._actions.append(Refuse(event.ticket, rejections.no_model(event.model)))
             return
+        was_failed = instance.state is State.FAILED
         self._life.clear(instance, event.at)
         self._actions.append(Done(event.ticket))
+        if was_failed:
+            self._life.load_if_always(instance)
 
     def _change_specs(self, event: SpecsChanged) -> None:
         for model, spec in event.specs.items():
@@ -259,7 +263,9 @@ class Scheduler:
             old, instance.spec = instance.spec, spec
             if instance.is_resident and (old.idle_timeout_s, old.is_pinned) != (spec.idle_timeout_s, spec.is_pinned):
                 self._life.set_idle_timer(instance, event.at)  # otherwise the one that is set is the right one
-            instance.is_removed = False
+            if instance.is_removed:
+                self._put_back(instance, event.at)
+            self._life.forget_plan(instance, event.at)
             if old.recipe_hash != spec.recipe_hash:
                 instance.is_vetted = instance.is_proven = False
                 self._outdate(instance, event.at)
@@ -268,10 +274,20 @@ class Scheduler:
 
     def _outdate(self, instance: Instance, at: float) -> None:
         if instance.state is State.FAILED:
-            forget_failures(instance, at)
-            self._life.move(instance, State.STOPPED, at, StopCause.RECIPE.value)
-        elif instance.is_resident:
-            instance.is_stale = True
+            self._life.clear(instance, at, StopCause.RECIPE.value)
+            self._life.load_if_always(instance)
+        else:
+            self._life.replace_if_stale(instance, at)
+
+    def _put_back(self, instance: Instance, at: float) -> None:
+        """Let what was removed, and drains, serve on; under another recipe it is replaced as any other."""
+        instance.is_removed = False
+        if instance.state is not State.DRAINING or instance.stop_cause is not StopCause.REMOVED:
+            return
+        if instance.unload_tickets or instance.failure is not None:  # why it drained before it was removed
+            instance.stop_cause = StopCause.UNLOAD if instance.unload_tickets else StopCause.HUNG
+        else:
+            self._life.recall(instance, at, "its recipe is there again")
             self._life.replace_if_stale(instance, at)
 
     def _remove(self, instance: Instance, at: float) -> None:

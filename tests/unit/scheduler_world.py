@@ -53,6 +53,7 @@ LOAD_S = 3.0
 """Seconds from the start of a unit until it is ready, unless a test scripts it otherwise."""
 
 OOM = Failure("oom_vram", "the GPU's memory is too small for it", "lower n_gpu_layers", ("cudaMalloc failed",))
+NO_FILE = Failure("model_not_found", "there is no such file", "see model_path", never_ran=True)
 EXITED = Failure("exited", "it ended by itself without an error")
 CRASH = Failure("crash", "llama-server crashed (signal 11)")
 HUNG = Failure("hung", "it does not answer any more")

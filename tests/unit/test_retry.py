@@ -3,10 +3,11 @@
 import pytest
 
 from llmstudiod.core.errors import BackingOffError, ConflictError, ModelNotFoundError, ShuttingDownError
-from llmstudiod.core.events import StoriesRead, UnitFoundFailed
+from llmstudiod.core.events import StoriesRead, UnitFoundFailed, Warned
+from llmstudiod.core.life import HUNG_GRACE_S
 from llmstudiod.core.lifecycle import Instance, Restart, State, StopCause, Transition
 from llmstudiod.core.retry import BACK_OFF_S, JITTER, STABLE_S, note_failure
-from tests.unit.scheduler_world import CRASH, LOAD_S, OOM, Place, World, spec, world_of
+from tests.unit.scheduler_world import CRASH, HUNG, LOAD_S, NO_FILE, OOM, Place, World, spec, world_of
 
 
 def failing(**changes: object) -> World:
@@ -227,3 +228,171 @@ def test_stories_go_on() -> None:
     story = world.view("a").story
     assert story[0] == old
     assert story[1].new is State.STARTING
+
+
+# What is to be up always
+
+
+def always(**changes: object) -> World:
+    """Return a world whose one model is up, and is to be up always."""
+    world = world_of([spec("a", restart=Restart.ALWAYS, **changes)])
+    world.load("a")
+    world.advance(LOAD_S)
+    return world
+
+
+def is_back(world: World) -> bool:
+    """Let time pass, and return whether the model is up by itself, in another run."""
+    world.advance(BACK_OFF_S[0] * (1 + JITTER) + 10 + LOAD_S)
+    return world.state("a") is State.READY and world.view("a").run > 1
+
+
+def test_hung_server_that_ends_by_itself_comes_back() -> None:
+    """It has its moment for what is in flight, and dies in it: that is no end that somebody wanted."""
+    world = always()
+    world.ask("a")
+    world.hang("a")
+    world.crash("a")
+    assert (world.state("a"), world.view("a").failure) == (State.FAILED, HUNG)
+    assert is_back(world)
+
+
+def test_always_comes_back_after_a_reset() -> None:
+    """Nobody has to ask for it."""
+    world = always(restart_limit=1)
+    world.crash("a")
+    assert world.view("a").is_exhausted
+    world.reset("a")
+    assert is_back(world)
+
+
+@pytest.mark.parametrize("when", ["failed", "idle", "gone and put back"])
+def test_always_comes_back_with_another_recipe(when: str) -> None:
+    """Its recipe is mended after it failed, or changed while nobody uses it, or removed for a moment."""
+    world = always(restart_limit=1)
+    if when == "failed":
+        world.crash("a")
+        assert world.view("a").is_exhausted
+    if when == "gone and put back":
+        world.use()
+    world.use(spec("a", restart=Restart.ALWAYS, recipe_hash="2"))
+    assert is_back(world)
+    assert world.view("a").failure is None
+
+
+def test_always_comes_back_after_it_failed_without_a_daemon() -> None:
+    """Nobody was there to see it end."""
+    world = world_of([spec("a", restart=Restart.ALWAYS)])
+    world.feed(UnitFoundFailed(world.now, "a", CRASH))
+    world.advance(LOAD_S)
+    assert world.state("a") is State.READY
+
+
+@pytest.mark.parametrize("order", ["unloaded, then hung", "hung, then unloaded", "hung, stopped, then unloaded"])
+def test_operator_is_stronger_than_always(order: str) -> None:
+    """Who is unloaded stays down, though it hangs; and nobody has to wait for what hangs as for what works."""
+    world = always(drain_timeout_s=300.0)
+    world.ask("a")
+    if order == "unloaded, then hung":
+        unload = world.unload("a")
+        world.hang("a")
+        world.advance(HUNG_GRACE_S)
+        assert world.stops[-1].is_forced
+    else:
+        world.hang("a")
+        world.advance(HUNG_GRACE_S if "stopped" in order else 1)
+        unload = world.unload("a")
+    world.advance(HUNG_GRACE_S + 2)
+    assert world.is_done(unload)
+    world.advance(500)
+    assert (world.state("a"), len(world.starts)) == (State.STOPPED, 1)
+
+
+def test_removed_model_that_hangs_stays_away() -> None:
+    """Its recipe is gone; that it hangs brings nothing back."""
+    world = always()
+    world.ask("a")
+    world.use()
+    world.hang("a")
+    world.advance(20)
+    assert world.scheduler.view("a") is None
+
+
+@pytest.mark.parametrize("before", ["unload", "hang"])
+def test_what_was_to_go_before_it_was_removed_goes_when_it_is_put_back(before: str) -> None:
+    """Only what drained for the removal alone serves on; a hung server never does."""
+    world = always(drain_timeout_s=300.0)
+    world.ask("a")
+    if before == "unload":
+        world.unload("a")
+    else:
+        world.hang("a")
+    world.use()
+    world.use(spec("a", restart=Restart.ALWAYS, drain_timeout_s=300.0))
+    assert world.state("a") is State.DRAINING
+    world.advance(400)
+    assert world.stops[0].run == 1
+    assert world.state("a") is (State.STOPPED if before == "unload" else State.READY)
+
+
+# What clears failures, and what is none
+
+
+def test_success_clears_the_budget_in_time() -> None:
+    """Who is ready for a minute has no failures any more, and shows none, also when it is unloaded later."""
+    world = failing()
+    for _ in range(3):
+        fail_once(world)
+    world.script("a").failure = None
+    world.load("a")
+    world.advance(LOAD_S)
+    assert (world.state("a"), world.view("a").is_exhausted) == (State.READY, False)
+    assert world.view("a").failures == 3
+    world.advance(STABLE_S)
+    assert world.view("a").failures == 0
+    world.unload("a")
+    world.advance(5)
+    world.script("a").failure = OOM
+    fail_once(world)
+    assert not world.view("a").is_exhausted
+
+
+def test_adopted_model_has_no_failure() -> None:
+    """What ended before, or was not as asked for, was another run."""
+    world = world_of([spec("a")])
+    world.load("a")
+    world.advance(LOAD_S)
+    world.feed(Warned(world.now, "a", world.view("a").run, ("slow",)))
+    world.crash("a")
+    world.find("a")
+    world.advance(LOAD_S)
+    shown = world.view("a")
+    assert (shown.state, shown.failure, shown.warnings) == (State.READY, None, ())
+
+
+def test_failed_plan_is_no_crash() -> None:
+    """No process ever ran: it backs off, and that is all."""
+    world = world_of([spec("a")])
+    world.script("a").failure = NO_FILE
+    for _ in range(5):
+        fail_once(world)
+        assert not world.view("a").is_exhausted
+    assert world.view("a").failures == 5
+
+
+@pytest.mark.parametrize("restart", [Restart.ON_REQUEST, Restart.ALWAYS])
+def test_reload_forgets_a_failed_plan(restart: Restart) -> None:
+    """The file that was missing may be there now: who asks next is not refused; why it failed is shown still."""
+    world = world_of([spec("a", restart=restart), spec("b")])
+    world.script("a").failure = NO_FILE
+    for _ in range(4):
+        fail_once(world)
+    world.script("a").failure = None
+    n_starts = len(world.starts)
+    world.use(*world.specs.values())
+    assert world.view("a").failure == NO_FILE
+    world.advance(LOAD_S)
+    assert len(world.starts) - n_starts == (restart is Restart.ALWAYS)
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    assert world.place(ticket) is Place.IN_FLIGHT

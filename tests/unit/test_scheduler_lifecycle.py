@@ -500,16 +500,57 @@ def test_removed_recipe_of_a_stalled_load_leaves_nothing_behind() -> None:
 
 
 def test_recipe_that_comes_back_is_served() -> None:
-    """A recipe that is removed and put back while its model drains gets a fresh start."""
+    """A recipe that is removed and put back while its model drains: it serves on, and nobody is cut off."""
     world = world_of([spec("a")])
     ticket = world.ask("a")
     world.advance(LOAD_S)
     world.use()
+    assert world.state("a") is State.DRAINING
     world.use(spec("a"))
     again = world.ask("a")
+    assert world.tickets[again].run == world.starts[0].run
+    world.advance(1000.0)
+    assert world.place(ticket) is Place.IN_FLIGHT
+
+
+def test_another_recipe_that_comes_back_waits_for_requests_in_flight() -> None:
+    """Removed, and put back with a change: as if it had only been changed."""
+    world = world_of([spec("a")])
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    world.use()
+    world.use(spec("a", recipe_hash="2"))
+    assert (world.state("a"), world.view("a").is_stale) == (State.READY, True)
     world.end(ticket)
-    world.advance(1.0 + LOAD_S)
-    assert world.tickets[again].run == world.starts[1].run
+    assert world.view("a").stop_cause is StopCause.RECIPE
+
+
+def test_drain_has_all_of_its_time_after_another_one_was_called_off() -> None:
+    """The deadline of the first removal is none of the second."""
+    world = world_of([spec("a", drain_timeout_s=60.0)])
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    world.use()
+    world.use(spec("a", drain_timeout_s=60.0))
+    world.advance(30.0)
+    world.use()
+    world.advance(50.0)
+    assert (world.state("a"), world.place(ticket)) == (State.DRAINING, Place.IN_FLIGHT)
+    world.advance(12.0)
+    assert world.scheduler.view("a") is None
+    world.end(ticket)
+
+
+def test_recipe_that_is_changed_back_replaces_nothing() -> None:
+    """What runs is what is to run, so it need not go when it falls idle."""
+    world = world_of([spec("a")])
+    ticket = world.ask("a")
+    world.advance(LOAD_S)
+    world.use(spec("a", recipe_hash="2"))
+    world.use(spec("a"))
+    assert not world.view("a").is_stale
+    world.end(ticket)
+    assert world.state("a") is State.READY
 
 
 def test_unit_of_an_earlier_daemon_serves_on() -> None:
