@@ -4,13 +4,13 @@ Those that come with every request are named tuples, which are made in a third o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.ledger import Memory
-from llmstudiod.core.lifecycle import Failure, ModelSpec, Transition, UpstreamFacts
+from llmstudiod.core.lifecycle import Failure, ModelSpec, PastFailure, Transition, UpstreamFacts
 from llmstudiod.core.placement import Placement, Wish
 
 
@@ -213,10 +213,11 @@ class UnitFoundFailed:
 
 @dataclass(frozen=True, slots=True)
 class StoriesRead:
-    """What an earlier daemon wrote down: the last transitions of each model, the oldest first."""
+    """What an earlier daemon wrote down: the last transitions of each model, the oldest first; why some had failed."""
 
     at: float
     stories: Mapping[str, tuple[Transition, ...]]
+    failures: Mapping[str, PastFailure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Who may start, and who has to go for it, is decided in `llmstudiod.core.scheduler`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import assert_never
 
@@ -30,10 +30,10 @@ from llmstudiod.core.events import (
     Warned,
     WatchUnit,
 )
-from llmstudiod.core.lifecycle import Failure, Instance, Restart, State, StopCause
+from llmstudiod.core.lifecycle import Failure, Instance, PastFailure, Restart, State, StopCause
 from llmstudiod.core.memory_watch import MemoryWatch
 from llmstudiod.core.placement import Placement
-from llmstudiod.core.retry import STABLE_S, forget_failures, note_failure
+from llmstudiod.core.retry import STABLE_S, forget_failures, note_failure, recall_failures
 
 SETTLED_S = 1.0  # a server that ends without an error so soon after it was ready was not stopped by somebody
 HUNG_GRACE_S = 5.0  # for what may still be on its way from a server that answers nothing new
@@ -52,6 +52,7 @@ class Life:
         self.desk = desk
         self.watch = watch
         self.n_draining = 0
+        self.past: Mapping[str, PastFailure] = {}
         self._chance = chance
         self._last_run = 0
 
@@ -99,13 +100,19 @@ class Life:
         instance.is_exhausted = False
 
     def found_failed(self, event: UnitFoundFailed) -> None:
-        """Tell why a model of an earlier daemon ended; it may be started again at once."""
+        """Tell why a model of an earlier daemon ended; if that one has not seen it, it may be started at once."""
         instance = self.instances.get(event.model)
-        if instance is not None and instance.state is State.STOPPED:
-            instance.failure = event.failure
-            self.move(instance, State.FAILED, event.at, event.failure.message)
-            instance.retry_at = event.at
-            self._see_to_restart(instance)
+        if instance is None or instance.state is not State.STOPPED:
+            return
+        failure, past = event.failure, self.past.get(event.model)
+        instance.retry_at = event.at
+        if past is not None and past.recipe_hash == instance.spec.recipe_hash:
+            failure = past.failure  # of that run: nothing has happened to the model since
+            recall_failures(instance, past, event.at)
+        instance.failure = failure
+        instance.last_failure = (instance.run, failure)
+        self.move(instance, State.FAILED, event.at, failure.message)
+        self._see_to_restart(instance)
 
     def started(self, instance: Instance, event: UnitStarted) -> None:
         """Its process runs."""

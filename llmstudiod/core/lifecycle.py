@@ -90,6 +90,17 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class PastFailure:
+    """What an earlier daemon knew of a model that had failed; times are on this daemon's clock."""
+
+    failure: Failure
+    recipe_hash: str
+    failures: int
+    failed_at: tuple[float, ...]
+    retry_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Transition:
     """One line of an instance's story. ``at`` is the scheduler's monotonic clock in seconds."""
 
@@ -226,6 +237,7 @@ class InstanceView:
     failure: Failure | None
     last_failure: tuple[int, Failure] | None
     failures: int
+    failed_at: tuple[float, ...]
     retry_at: float
     is_exhausted: bool
     facts: UpstreamFacts | None
@@ -260,6 +272,7 @@ def view(instance: Instance) -> InstanceView:
         failure=instance.failure,
         last_failure=instance.last_failure,
         failures=instance.failures,
+        failed_at=instance.failed_at,
         retry_at=instance.retry_at,
         is_exhausted=instance.is_exhausted,
         facts=instance.facts,

@@ -8,7 +8,7 @@ between. 0 is no limit. What failed before there was a process backs off, and th
 
 from math import inf
 
-from llmstudiod.core.lifecycle import Instance, Restart
+from llmstudiod.core.lifecycle import Instance, PastFailure, Restart
 
 BACK_OFF_S = (2.0, 5.0, 15.0, 60.0, 300.0)
 JITTER = 0.2
@@ -32,6 +32,18 @@ def note_failure(instance: Instance, at: float, *, chance: float, is_crash: bool
         instance.retry_at = max(instance.retry_at, instance.failed_at[0] + spec.restart_window_s)
     if spec.restart is Restart.NEVER:
         instance.retry_at = inf
+
+
+def recall_failures(instance: Instance, past: PastFailure, at: float) -> None:
+    """Go on with an earlier daemon's failures; a clock that was wrong keeps it down no longer than others."""
+    spec = instance.spec
+    instance.failures = past.failures
+    instance.failed_at = tuple(each for each in past.failed_at if at - spec.restart_window_s < each <= at)
+    instance.retry_at = past.retry_at
+    if spec.restart is not Restart.NEVER:
+        instance.retry_at = min(past.retry_at, at + max(spec.restart_window_s, BACK_OFF_S[-1]))
+    is_over = not spec.restart_limit or len(instance.failed_at) < spec.restart_limit
+    instance.is_exhausted = not is_over and instance.retry_at > at
 
 
 def forget_failures(instance: Instance, at: float) -> None:

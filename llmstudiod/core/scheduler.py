@@ -151,6 +151,7 @@ class Scheduler:
             case UnitFoundFailed():
                 self._life.found_failed(event)
             case StoriesRead():
+                self._life.past = event.failures
                 for model, story in event.stories.items():
                     if (instance := self._instances.get(model)) is not None:
                         instance.story = deque([*story, *instance.story], maxlen=STORY_LENGTH)

@@ -301,7 +301,7 @@ class Application:
         self.supervisor.pin(self._pins)
         await asyncio.to_thread(self.usage.started, self._began_at)
         stories = await asyncio.to_thread(self.history.read)
-        self.supervisor.post(StoriesRead(self._clock(), stories))
+        self.supervisor.post(StoriesRead(self._clock(), stories, self.history.failures()))
         await self._tell_failed()
         try:
             binary = await self.planner.binary()

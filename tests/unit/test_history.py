@@ -2,13 +2,14 @@
 
 import dataclasses
 import time
+from math import inf
 from pathlib import Path
 
 import pytest
 
 from llmstudiod.adapters.history import History
 from llmstudiod.adapters.state_db import StateDb
-from llmstudiod.core.lifecycle import Instance, InstanceView, State, StopCause, Transition, view
+from llmstudiod.core.lifecycle import Failure, Instance, InstanceView, State, StopCause, Transition, view
 from tests.unit.scheduler_world import spec
 
 STEPS = [
@@ -77,6 +78,50 @@ def test_damaged_rows_are_left_out(tmp_path: Path, value: dict[str, object]) -> 
     history = History(state, time.monotonic)
     assert history.read() == {"a": ()}
     assert history.totals(dataclasses.replace(shown()))["requests"] == 3
+    state.close()
+
+
+OOM = Failure("oom_vram", "too small", "lower it", ("cudaMalloc failed",))
+
+
+def failed(clock: float, *, retry_at: float) -> InstanceView:
+    """Return the view of a model that has just failed for the second time."""
+    instance = Instance(spec("a"), since=0.0, state=State.FAILED, failures=2, failed_at=(clock - 60, clock))
+    instance.last_failure, instance.retry_at = (2, OOM), retry_at
+    return view(instance)
+
+
+@pytest.mark.parametrize("retry_at", [400.0, inf])
+def test_next_daemon_knows_why_it_failed(tmp_path: Path, retry_at: float) -> None:
+    """Reason, budget and the time of the next try, as long ago and as far ahead as they were, on another clock."""
+    path = tmp_path / "state.db"
+    state = StateDb(path)
+    history = History(state, lambda: 100.0)
+    history.observe("a", Transition(100.0, State.LOADING, State.FAILED, "too small"), failed(100.0, retry_at=retry_at))
+    history.flush()
+    for clock in (5000.0, 900.0):  # the one after the next knows it too, though nothing has happened meanwhile
+        history = History(state, lambda clock=clock: clock)  # type: ignore[misc]
+        history.read()
+        kept = history.failures()["a"]
+        assert (kept.failure, kept.recipe_hash, kept.failures) == (OOM, "1", 2)
+        assert kept.failed_at == pytest.approx((clock - 60, clock), abs=2)
+        assert kept.retry_at == pytest.approx(clock + retry_at - 100, abs=2)
+    history.observe("a", Transition(clock, State.FAILED, State.STARTING, "asked for"), shown())
+    history.flush()
+    later = History(state, lambda: 0.0)
+    later.read()
+    assert later.failures() == {}
+    state.close()
+
+
+def test_damaged_failure_is_left_out(tmp_path: Path) -> None:
+    """As everything else that may stand in the database."""
+    state = StateDb(tmp_path / "state.db")
+    for kept in (3, {}, {"failure": 1}, {"failure": {"kind": 1}, "recipe_hash": "1", "failed_at": "x"}):
+        state.put("stories", "a", {"steps": [], "failure": kept})
+        history = History(state, time.monotonic)
+        history.read()
+        assert history.failures() == {}
     state.close()
 
 

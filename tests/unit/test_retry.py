@@ -1,11 +1,13 @@
 """What becomes of a model that failed: back-off with jitter, a budget of failures, and who clears it."""
 
+from math import inf
+
 import pytest
 
 from llmstudiod.core.errors import BackingOffError, ConflictError, ModelNotFoundError, ShuttingDownError
 from llmstudiod.core.events import StoriesRead, UnitFoundFailed, Warned
 from llmstudiod.core.life import HUNG_GRACE_S
-from llmstudiod.core.lifecycle import Instance, Restart, State, StopCause, Transition
+from llmstudiod.core.lifecycle import Instance, PastFailure, Restart, State, StopCause, Transition
 from llmstudiod.core.retry import BACK_OFF_S, JITTER, STABLE_S, note_failure
 from tests.unit.scheduler_world import CRASH, HUNG, LOAD_S, NO_FILE, OOM, Place, World, spec, world_of
 
@@ -217,6 +219,63 @@ def test_failure_of_an_earlier_daemon_is_told() -> None:
     ticket = world.ask("a")
     world.advance(LOAD_S)
     assert world.place(ticket) is Place.IN_FLIGHT
+
+
+def past(world: World, *, recipe_hash: str = "1", retry_in_s: float = 500.0, n: int = 3) -> PastFailure:
+    """Return what an earlier daemon wrote down of a model that it left alone."""
+    failed_at = tuple(world.now - 30.0 + number for number in range(n))
+    return PastFailure(OOM, recipe_hash, failures=n, failed_at=failed_at, retry_at=world.now + retry_in_s)
+
+
+def next_daemon(kept: PastFailure, world: World, **changes: object) -> World:
+    """Let a daemon start that finds the failed unit, and what was written down."""
+    world.use(spec("a", **changes))
+    world.feed(StoriesRead(world.now, {}, {"a": kept}))
+    world.feed(UnitFoundFailed(world.now, "a", CRASH))
+    return world
+
+
+def test_budget_and_reason_outlast_the_daemon() -> None:
+    """A restart of the daemon is no reason to try again, nor to know less of what was wrong."""
+    world = World()
+    kept = past(world)
+    shown = next_daemon(kept, world).view("a")
+    assert (shown.state, shown.failure, shown.failures) == (State.FAILED, OOM, 3)
+    assert (shown.is_exhausted, shown.retry_at) == (True, kept.retry_at)
+    assert "failed 3 times within 10m" in world.error(world.ask("a")).message
+    world.advance(500)
+    assert world.place(world.ask("a")) is Place.WAITING
+
+
+def test_what_another_recipe_did_counts_for_nothing() -> None:
+    """It was changed while no daemon ran."""
+    world = World()
+    shown = next_daemon(past(world, recipe_hash="0"), world).view("a")
+    assert (shown.failure, shown.is_exhausted, shown.retry_at) == (CRASH, False, world.now)
+
+
+def test_clock_that_was_wrong_locks_nobody_out() -> None:
+    """What was written down is on the wall's clock; no wait is longer than the longest that there is."""
+    world = World()
+    shown = next_daemon(past(world, retry_in_s=1e9, n=1), world).view("a")
+    assert shown.retry_at <= world.now + 600
+
+
+def test_never_outlasts_the_daemon() -> None:
+    """It stays down until an administrator wants it."""
+    world = World()
+    shown = next_daemon(past(world, retry_in_s=inf, n=1), world, restart=Restart.NEVER).view("a")
+    assert shown.retry_at == inf
+
+
+def test_always_goes_on_waiting_after_a_restart_of_the_daemon() -> None:
+    """It is started again when its time has come, and not before."""
+    world = World()
+    next_daemon(past(world, retry_in_s=100, n=1), world, restart=Restart.ALWAYS)
+    world.advance(99)
+    assert world.starts == []
+    world.advance(1 + LOAD_S)
+    assert world.state("a") is State.READY
 
 
 def test_stories_go_on() -> None:
