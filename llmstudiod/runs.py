@@ -4,6 +4,7 @@ What happens is told to the supervisor as events; nothing is decided here but ho
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from llmstudiod.core.events import (
     WatchUnit,
 )
 from llmstudiod.core.lifecycle import Failure, InstanceView
-from llmstudiod.core.load_log import Expected, read_load
+from llmstudiod.core.load_log import Expected, expected, read_load
 from llmstudiod.core.reasons import explain_exit
 from llmstudiod.core.recipe import Recipe, RecipeEntry, recipe_hash
 from llmstudiod.core.vigil import Alarms, Look, Movement, Verdict, Vigil
@@ -67,7 +68,7 @@ class Run:
     number: int
     task: asyncio.Task[None] | None = None
     plan: Plan | None = None
-    recipe: Recipe | None = None  # in force when it was started or found; it may be removed meanwhile
+    recipe: Recipe | None = None  # that it was started with; None: not known any more
     alias: str | None = None  # the name that the server knows itself by; None: a recipe of before said which
     unit: Unit | None = None
     is_ready: bool = False  # it was, and clients may have written into its log since
@@ -135,7 +136,7 @@ class Runs:
         is_same = found.recipe_hash == recipe_hash(entry.recipe)
         run = Run(action.run, unit=found.unit, alias=entry.recipe.alias if is_same else None)
         run.launched.set()
-        run.recipe = entry.recipe
+        run.recipe = entry.recipe if is_same else None
         return run
 
     async def _vet(self, action: VetPlan) -> None:
@@ -186,11 +187,23 @@ class Runs:
         finally:
             readiness.cancel()
             self._upstreams.close(model, run.number)
+        plan = run.plan or await self._plan_again(model, run)
         failure = run.verdict or explain_exit(
             result=end.result, code=end.code, signal=end.signal, lines=end.lines,
-            build=run.plan.binary.version if run.plan else None, was_ready=run.is_ready, paths=_paths(run.plan),
+            build=plan.binary.version if plan else None, was_ready=run.is_ready, paths=_paths(plan),
         )  # fmt: skip
         self._failed(model, run.number, failure)
+
+    async def _plan_again(self, model: str, run: Run) -> Plan | None:
+        """Return how a server that was found had been started, for the names of its files; None: not known any more.
+
+        Only a load that failed names any; of others the reason must not wait for this.
+        """
+        if run.recipe is None or run.is_ready or run.verdict is not None:
+            return None
+        with contextlib.suppress(LlmstudioError):
+            return await self._planner.plan(self._entry(model))
+        return None
 
     def _failed(self, model: str, run: int, failure: Failure) -> None:
         self._post(UnitFailed(self._clock(), model, run, failure))
@@ -238,23 +251,42 @@ class Runs:
     async def _heed_load(self, model: str, run: Run) -> None:
         """Read the log of a load that is over: what is not as it was asked for, and what the model needed."""
         assert run.unit is not None
+        learning, invocation_id, plan = self._planner.learning, run.unit.invocation_id, run.plan
         lines: list[str] = []
-        for _ in range(LOG_TRIES):
-            lines = await self._launcher.first_lines(run.unit, limit=LOG_LINES)
-            if any("listening on" in line for line in lines):  # all of the load has been logged then
-                break
-            await asyncio.sleep(LOG_LAG_S)
-        else:
-            return
-        told = read_load(lines, _expected(run)).warnings
+        told = await asyncio.to_thread(learning.recall_warnings, invocation_id) if plan is None else None
+        if told is None:
+            if not (lines := await self._load_lines(run.unit)):
+                return
+            told = read_load(lines, await self._expected(model, run)).warnings
         if told:
             self._post(Warned(self._clock(), model, run.number, told))
         for warning in told:
             logger.warning("%s: %s", model, warning)
-        plan = run.plan
+        if lines and self._launcher.outlives_us:
+            learning.remember_warnings(invocation_id, told)
         # Once for each file, settings and build: it counts instead of the estimate.
         if plan and plan.wish and plan.placement and not plan.wish.correction.is_of_a_run:
             await asyncio.to_thread(self._planner.learn, plan, lines, run.unit.pid)
+
+    async def _load_lines(self, unit: Unit) -> list[str]:
+        """Return the lines of a load that is over; none where they have scrolled away."""
+        for _ in range(LOG_TRIES):
+            lines = await self._launcher.first_lines(unit, limit=LOG_LINES)
+            if any("listening on" in line for line in lines):  # all of the load has been logged then
+                return lines
+            await asyncio.sleep(LOG_LAG_S)
+        return []
+
+    async def _expected(self, model: str, run: Run) -> Expected:
+        """Return what a start asked for, as far as that is known."""
+        shown = self._view(model)
+        if run.recipe is None or shown is None:
+            return Expected()
+        with contextlib.suppress(LlmstudioError):
+            await self._planner.binary()  # it says which GPUs it sees
+        lists_gpus = bool(self._planner.backends)
+        has_gpus = lists_gpus or await asyncio.to_thread(self._planner.has_nvidia)
+        return expected(run.recipe, shown.placement, lists_gpus=lists_gpus, has_gpus=has_gpus)
 
     async def _keep_vigil(self, model: str, run: Run, socket_path: str) -> None:
         """Look after a ready server for as long as it runs; tell when it does not answer any more."""
@@ -302,7 +334,7 @@ class Runs:
         """Tell the scheduler whenever something moves in a loading server, so that only a standstill counts."""
         unit = run.unit
         assert unit is not None
-        shown, expected = self._view(model), _expected(run)
+        shown = self._view(model)
         movement = Movement(self._clock(), patience_s=shown.spec.stall_timeout_s if shown else 120.0)
         n_bytes = await asyncio.to_thread(_file_bytes, run.plan)
         while True:
@@ -310,7 +342,7 @@ class Runs:
             lines = self._launcher.told(unit)
             mark = (seen.mark, self._launcher.n_told(unit))
             if movement.is_seen(self._clock(), mark, cpu_s=seen.cpu_s):
-                facts = read_load(lines, expected)
+                facts = read_load(lines, Expected())
                 in_memory = min(0.95, (seen.resident or 0) / n_bytes) if n_bytes else 0.0
                 progress = max(facts.progress, in_memory)
                 self._post(LoadProgressed(self._clock(), model, run.number, progress, facts.stage))
@@ -348,22 +380,6 @@ class Runs:
                 return
             else:
                 return
-
-
-def _expected(run: Run) -> Expected:
-    """Return what a start asked for, as far as that is known."""
-    recipe, plan = run.recipe, run.plan
-    if recipe is None:
-        return Expected()
-    placement = plan.placement if plan else None
-    n_gpu_layers = placement.run.n_gpu_layers if placement and placement.gpus else None
-    return Expected(
-        is_on_gpu=bool(placement and placement.gpus) or recipe.n_gpu_layers not in {"auto", 0},
-        n_gpu_layers=n_gpu_layers,
-        n_ctx=plan.command.context.n_ctx_total if plan else None,
-        has_draft=recipe.draft_model is not None,
-        has_mmproj=recipe.mmproj is not None,
-    )
 
 
 def _paths(plan: Plan | None) -> dict[str, str]:

@@ -78,6 +78,16 @@ class Learning:
         except (TypeError, ValueError, KeyError):
             return None
 
+    def remember_warnings(self, invocation_id: str, warnings: Iterable[str]) -> None:
+        """Keep what a unit's load told, for a daemon that finds it when those lines have scrolled away."""
+        self._state.put_soon(_HOLDINGS, f"{invocation_id}/warnings", {"warnings": list(warnings)})
+
+    def recall_warnings(self, invocation_id: str) -> tuple[str, ...] | None:
+        """Return what a unit's load told, or None where that is not known."""
+        values = self._state.get(_HOLDINGS, f"{invocation_id}/warnings")
+        found = values.get("warnings") if values else None
+        return tuple(map(str, found)) if isinstance(found, list) else None
+
     def _runtime(self, placement: Placement, told: Told, pid: int) -> int | None:
         """Return the most that a process has on one of its GPUs beside its buffers."""
         if not placement.gpus or self._measure is None:

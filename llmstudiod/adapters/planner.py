@@ -136,6 +136,10 @@ class Planner:
         self._last_gpus, self._gpu_fault = (self.backends, found), ""
         return found
 
+    def has_nvidia(self) -> bool:
+        """Whether the machine has a GPU of NVIDIA's, whatever llama-server makes of it. Blocks."""
+        return self._measure is not None and any(each.kind == "CUDA" for each in self._measure().devices)
+
     async def plan(self, entry: RecipeEntry, placement: Placement | None = None, *, is_draft: bool = False) -> Plan:
         """Return the plan for a recipe, where it was placed if that is known.
 

@@ -98,11 +98,9 @@ async def ask(socket_path: str, path: str, sent: bytes | None, *, within_s: floa
 
 @dataclass(frozen=True, slots=True)
 class SlotsSeen:
-    """How far each slot is, and how many do nothing."""
+    """How far each slot is, and how many do nothing; ``progress`` None where the server does not tell."""
 
-    progress: (
-        tuple[tuple[int, int, int], ...] | None
-    )  # task, tokens of its prompt done, tokens produced; None: not told
+    progress: tuple[tuple[int, int, int], ...] | None  # task, tokens of its prompt done, tokens produced
     n_free: int
 
 
@@ -123,7 +121,7 @@ async def slots(socket_path: str) -> SlotsSeen | None:
         )
         return SlotsSeen(progress, sum(not slot.get("is_processing") for slot in told))
     except (ValueError, RecursionError, TypeError, AttributeError):
-        return SlotsSeen(None, 0)
+        return None
 
 
 async def slot_table(socket_path: str) -> list[dict[str, Any]] | None:

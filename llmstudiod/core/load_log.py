@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmstudiod.core.placement import Placement
+from llmstudiod.core.recipe import Recipe
+
 _READY = re.compile(r"listening on (?:https?|unix)://|listening on unix:")
 _PREFIX = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} [IWEDT] ")
 
@@ -26,6 +29,7 @@ _COMPILED = tuple((re.compile(pattern), share, word) for pattern, share, word in
 
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _CAPPED = re.compile(r"the slot context \((\d+)\) exceeds the training context of the model \((\d+)\) - capping")
+_REDUCED = re.compile(r"context size reduced from (\d+) to (\d+)")
 _NO_CUDA = re.compile(r"failed to initialize (CUDA|ROCm|MUSA|HIP): (.*)")
 _SIMPLE: tuple[tuple[str, str], ...] = (
     (
@@ -50,13 +54,29 @@ _SIMPLE_COMPILED = tuple((re.compile(pattern), text) for pattern, text in _SIMPL
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a start asked for. ``n_gpu_layers`` counts the output as a layer; None: not fixed. ``n_ctx``: of ``-c``."""
+    """What a start asked for. ``n_gpu_layers`` counts the output as a layer; None: all that there are."""
 
     is_on_gpu: bool = False
     n_gpu_layers: int | None = None
-    n_ctx: int | None = None
     has_draft: bool = False
-    has_mmproj: bool = False
+
+
+def expected(recipe: Recipe, placement: Placement | None, *, lists_gpus: bool, has_gpus: bool) -> Expected:
+    """Return what a start by a recipe asked for, where it was placed if that is known.
+
+    ``lists_gpus``: llama-server does; ``has_gpus``: the machine has some, whatever llama-server makes of them. A model
+    that is left to the processor though it lists some was meant to go there.
+    """
+    layers = recipe.n_gpu_layers
+    if placement is not None and placement.gpus:
+        return Expected(is_on_gpu=True, n_gpu_layers=placement.run.n_gpu_layers, has_draft=_has_draft(recipe))
+    is_left_to_us = has_gpus if placement is None or not lists_gpus else False
+    is_on_gpu = recipe.gpus != "none" and layers != 0 and (is_left_to_us if layers == "auto" else True)
+    return Expected(is_on_gpu, layers if isinstance(layers, int) else None, _has_draft(recipe))
+
+
+def _has_draft(recipe: Recipe) -> bool:
+    return recipe.draft_model is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +114,10 @@ def _warnings(text: str, expected: Expected) -> list[str]:
         found += _about_gpus(text, expected)
     if match := _CAPPED.search(text):
         found.append(f"a request may use {match[2]} tokens, which the model was trained for, instead of {match[1]}")
+    if match := _REDUCED.search(text):
+        found.append(
+            f"the context has {match[2]} tokens instead of {match[1]}, for want of memory; max_model_len sets it"
+        )
     return found
 
 

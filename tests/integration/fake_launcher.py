@@ -8,7 +8,7 @@ from pathlib import Path
 from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.planner import Plan, Planner
 from llmstudiod.adapters.state_db import StateDb
-from llmstudiod.core.command import Command, Context, ServerBinary
+from llmstudiod.core.command import BoundFile, Command, Context, ServerBinary
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
 from llmstudiod.core.placement import Placement, Wish
@@ -120,13 +120,19 @@ class FakePlanner(Planner):
 
     def __init__(self, launcher: FakeLauncher) -> None:
         self._fake_launcher = launcher
-        self.wishes: dict[str, Wish] = {}
         self.learning = Learning(StateDb(None), None)
+        self.backends = ()
+        self.files: tuple[BoundFile, ...] = ()
+        self.wishes: dict[str, Wish] = {}
         self.placements: list[tuple[str, Placement | None]] = []
 
     async def binary(self) -> ServerBinary:
         """Return one that nobody runs."""
         return ServerBinary(("fake",), "test")
+
+    def has_nvidia(self) -> bool:
+        """There is none."""
+        return False
 
     async def plan(self, entry: RecipeEntry, placement: Placement | None = None, *, is_draft: bool = False) -> Plan:
         """Return a plan with nothing but the socket and the name."""
@@ -139,6 +145,7 @@ class FakePlanner(Planner):
             argv=("fake",),
             environment={},
             socket_path=self._fake_launcher.socket_path(recipe.id),
+            files=self.files,
         )
         command = Command(("fake",), {}, Context(4096, 4, 16384))
         return Plan(request, command, await self.binary(), recipe.alias, wish=self.wishes.get(recipe.id))

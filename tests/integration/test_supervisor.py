@@ -11,13 +11,15 @@ import pytest
 from llmstudiod import runs
 from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.state_db import StateDb
+from llmstudiod.core.command import BoundFile
 from llmstudiod.core.errors import LauncherError, LlmstudioError, LoadFailedError, ModelNotFoundError
 from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import State, UpstreamFacts
 from llmstudiod.core.memory import Run
 from llmstudiod.core.model_shape import Layer, ModelShape
 from llmstudiod.core.placement import Room, Wish
-from llmstudiod.launchers.base import Exit
+from llmstudiod.core.recipe import recipe_hash
+from llmstudiod.launchers.base import Exit, FoundUnit
 from tests.integration.house import House, eventually, open_house
 
 
@@ -225,6 +227,37 @@ async def test_shutdown_ends_everything(house: House) -> None:
     assert (await loading).kind == "shutting_down"
     assert {house.state("other"), house.state("tiny")} == {State.STOPPED}
     assert (await failure_of(house, "other")).kind == "shutting_down"
+
+
+async def found(house: House) -> FoundUnit:
+    """Return a server that an earlier daemon started by the recipe that is in force."""
+    entry = house.supervisor.catalogue.entries["tiny"]
+    plan = await house.planner.plan(entry)
+    return FoundUnit(await house.launcher.start(plan.request), recipe_hash(entry.recipe))
+
+
+async def test_warnings_of_a_load_outlast_the_daemon(house: House) -> None:
+    """Its lines may have scrolled away when the next one finds the server."""
+    unit = await found(house)
+    house.planner.learning.remember_warnings(unit.unit.invocation_id, ["11 of 17 layers are on the GPU"])
+    await house.supervisor.adopt(unit)
+    await eventually(lambda: (shown := house.supervisor.view("tiny")) is not None and bool(shown.warnings))
+
+
+async def test_end_of_a_server_that_was_found_names_its_file(house: House) -> None:
+    """Not the place that it has inside the sandbox."""
+    house.planner.files = (BoundFile("/models/tiny.gguf", "/run/llmstudio-model/0/tiny.gguf"),)
+    house.tiny.is_ready = False
+    await house.supervisor.adopt(await found(house))
+    await eventually(lambda: house.state() is State.LOADING)
+    told = "failed to open GGUF file '/run/llmstudio-model/0/tiny.gguf' (Permission denied)"
+    line = f"0.00.012.000 E gguf_init_from_file: {told}"
+    house.launcher.die("tiny", Exit("exit-code", code=1, lines=(line,)))
+    await eventually(lambda: house.state() is State.FAILED)
+    shown = house.supervisor.view("tiny")
+    assert shown is not None
+    assert shown.failure is not None
+    assert "'/models/tiny.gguf'" in shown.failure.message
 
 
 def wish(model: str, gib: float) -> Wish:
