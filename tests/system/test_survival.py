@@ -328,6 +328,13 @@ def test_crash_loop_is_ended_by_its_budget(daemon: Daemon) -> None:
     assert "llmstudioctl reset ada" in error["hint"]
     assert 500 < daemon.status("ada")["retry_at"] - time.time() < 600
     assert "reset ada" in daemon.ctl("status", "ada")
+    before = daemon.status("ada")
+    daemon.systemctl("restart", SERVICE)
+    wait_until(lambda: daemon.status("ada")["failures"] == 3)
+    after = daemon.status("ada")
+    names = ("state", "kind", "reason", "is_exhausted", "last_lines")
+    assert [after[name] for name in names] == [before[name] for name in names]
+    assert abs(after["retry_at"] - before["retry_at"]) < 2
     daemon.ctl("reset", "ada")
     assert daemon.model_units() == []  # systemd has forgotten the failed unit as well
     assert daemon.chat("ada")
