@@ -7,7 +7,8 @@ from typing import Any
 from llmstudiod.adapters.planner import Plan
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.lifecycle import InstanceView, State
-from llmstudiod.core.recipe import Fault, RecipeEntry
+from llmstudiod.core.recipe import Fault, Recipe, RecipeEntry
+from llmstudiod.core.recipe_names import ALIASES, FOREIGN
 from llmstudiod.core.settings import Settings
 
 OLD_WORDS = {
@@ -49,25 +50,55 @@ def recipe_answer(entry: RecipeEntry, shown: InstanceView | None) -> dict[str, A
     """Return a recipe as clients read it: every old field, then ours. ``old`` names what the recipe does not say."""
     state = shown.state if shown else State.STOPPED
     said = entry.recipe.as_dict()
-    facts = shown.facts if shown else None
-    in_force = {"max_model_len": facts.n_ctx, "max_num_seqs": facts.n_parallel} if facts else {}
+    filled = filled_in(entry.recipe, shown)
     return {
-        **OLD_FIELDS,
-        **in_force,
+        **filled,
         **said,
-        "name": entry.recipe.name or entry.recipe.id,
-        "backend": entry.recipe.backend,
-        "served_model_name": entry.recipe.alias,
         "status": OLD_WORDS[state],
         "state": str(state),
         "file": entry.file,
-        "old": sorted(OLD_FIELDS.keys() - said.keys()),
+        "old": sorted(filled),
         "warnings": [fault_answer(fault) for fault in entry.warnings],
     }
 
 
+def filled_in(recipe: Recipe, shown: InstanceView | None) -> dict[str, Any]:
+    """Return what an answer says in place of what a recipe does not set: the value in force, or the default."""
+    facts = shown.facts if shown else None
+    in_force: dict[str, Any] = {"max_model_len": facts.n_ctx, "max_num_seqs": facts.n_parallel} if facts else {}
+    if recipe.cache_type_k is not None:
+        in_force["kv_cache_dtype"] = recipe.cache_type_k
+    ours = {"name": recipe.name or recipe.id, "backend": recipe.backend, "served_model_name": recipe.alias}
+    said = recipe.as_dict()
+    return {name: value for name, value in {**OLD_FIELDS, **in_force, **ours}.items() if name not in said}
+
+
 ADDED = frozenset({"status", "state", "file", "old", "warnings"})
 """What `recipe_answer` adds to a recipe."""
+
+
+def as_meant(values: Mapping[str, Any], *, filled: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe that a client sends without what an answer of ours had added to it.
+
+    ``filled`` and ``said``: the recipe that is stored, see `filled_in`. Clients send back what they have read, with
+    ``old`` or only the fields that they know, and something changed: what they have left as it was, and the recipe
+    does not set, is the daemon's to choose again tomorrow. Whoever sends none of vllm-studio's own fields has not
+    read them here, and means what it says.
+    """
+    old = values.get("old")
+    named = {name for name in old if isinstance(name, str)} if isinstance(old, list) else set()
+    is_read_here = bool(named) or not FOREIGN.keys().isdisjoint(values.keys() & OLD_FIELDS.keys())
+    meant = {
+        name: value
+        for name, value in values.items()
+        if name not in ADDED
+        and not (is_read_here and name in filled and filled[name] == value)
+        and not (name in named and name in OLD_FIELDS and OLD_FIELDS[name] == value)
+    }
+    for name, field in ALIASES.items():  # a new value under one name, and what it replaces under the other
+        if meant.get(name) is not None and field in meant and meant[field] == said.get(field) != meant[name]:
+            del meant[field]
+    return meant
 
 
 def plan_answer(plan: Plan, *, launcher: str) -> dict[str, Any]:

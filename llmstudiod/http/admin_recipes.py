@@ -20,10 +20,10 @@ from llmstudiod.core.errors import BadRequestError, ConfigError, ConflictError, 
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
 from llmstudiod.core.settings import Settings
 from llmstudiod.http.admin_answers import (
-    ADDED,
-    OLD_FIELDS,
+    as_meant,
     error_answer,
     fault_answer,
+    filled_in,
     plan_answer,
     recipe_answer,
 )
@@ -194,6 +194,13 @@ class AdminRecipes:
             raise BadRequestError(f"id: expected '{model}', as in the path, found '{recipe.id}'")
         return raw.decode(), recipe
 
+    def _as_meant(self, values: dict[str, Any], model: str | None) -> dict[str, Any]:
+        entry = self._supervisor.catalogue.entries.get(model or str(values.get("id")))
+        if entry is None:
+            return as_meant(values, filled={}, said={})
+        filled = filled_in(entry.recipe, self._supervisor.view(entry.recipe.id))
+        return as_meant(values, filled=filled, said=entry.recipe.as_dict())
+
     async def _raw(self, request: web.Request, *, model: str | None) -> tuple[bytes, str]:
         """Return the text of a recipe and the name of its file."""
         body = await request.read()
@@ -202,16 +209,15 @@ class AdminRecipes:
         if request.content_type in YAML_KINDS:
             return body, f"{model or 'recipe'}.yaml"
         values = json_object(body, hint=_AS_YAML)
-        return _text_of(values, model).encode(), f"{model or values.get('id') or 'recipe'}.yaml"
+        meant = self._as_meant(values, model)
+        return _text_of(meant, model).encode(), f"{model or values.get('id') or 'recipe'}.yaml"
 
 
 def _text_of(values: dict[str, Any], model: str | None) -> str:
-    """Return a recipe's text; what an answer of ours has added to it is dropped."""
-    old = values.get("old")
-    mine = set(ADDED) | (set(old) & OLD_FIELDS.keys() if isinstance(old, list) else set())
-    kept = {name: value for name, value in values.items() if name not in mine and value is not None}
-    kept = {"id": model} | kept if model is not None else kept
+    """Return a recipe's text."""
+    kept = {name: value for name, value in values.items() if value is not None}
     if model is not None:
+        kept = {"id": model} | kept
         kept["id"] = model  # the path decides
     return yaml_text(kept)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yaml
 
 from llmstudiod.demo.tiny_gguf import write_tiny_gguf
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
@@ -72,6 +73,40 @@ async def test_put_creates_and_the_path_decides(daemon: RunningDaemon, admin: ai
     """The id of the body counts for POST alone."""
     assert await ask(admin, "PUT", "/recipes/two", recipe(daemon)) == (200, {"success": True, "id": "two"})
     assert (daemon.home / "recipes.d" / "two.yaml").exists()
+
+
+def stored(daemon: RunningDaemon, model: str = "one") -> dict[str, Any]:
+    """Return what the file of a recipe holds."""
+    values: dict[str, Any] = yaml.safe_load((daemon.home / "recipes.d" / f"{model}.yaml").read_text())
+    return values
+
+
+async def test_what_a_client_changes_is_stored(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """Also a field that the recipe had not set; what the client left as it was read is not."""
+    assert (await ask(admin, "POST", "/recipes", recipe(daemon)))[0] == 200
+    shown = (await ask(admin, "GET", "/recipes/one"))[1]
+    changes = {"max_num_seqs": 3, "kv_cache_dtype": "q8_0", "tensor_parallel_size": 2, "served_model_name": "uno"}
+    assert (await ask(admin, "PUT", "/recipes/one", shown | changes))[0] == 200
+    assert stored(daemon) == recipe(daemon) | changes
+    shown = (await ask(admin, "GET", "/recipes/one"))[1]
+    assert {name: shown[name] for name in changes} == changes
+    assert (await ask(admin, "PUT", "/recipes/one", shown | {"kv_cache_dtype": "q4_0"}))[0] == 200
+    assert (await ask(admin, "GET", "/recipes/one"))[1]["cache_type_k"] == "q4_0"
+
+
+async def test_what_a_recipe_does_not_set_is_not_stored(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """A client that knows vllm-studio's fields alone sends back what it was shown in their place."""
+    path = str(daemon.home / "models" / "tiny.gguf")
+    assert (await ask(admin, "POST", "/recipes", {"id": "one", "model_path": path}))[0] == 200
+    shown = (await ask(admin, "GET", "/recipes/one"))[1]
+    assert (shown["max_model_len"], shown["max_num_seqs"]) == (32768, 256)
+    ours = {"old", "state", "file", "warnings"}
+    known = {name: value for name, value in shown.items() if name not in ours}
+    assert (await ask(admin, "PUT", "/recipes/one", known | {"max_num_seqs": 3}))[0] == 200
+    assert stored(daemon) == {"id": "one", "model_path": path, "max_num_seqs": 3}
+    # Whoever has not been shown anything means what it says.
+    assert (await ask(admin, "PUT", "/recipes/one", {"model_path": path, "max_model_len": 32768}))[0] == 200
+    assert stored(daemon) == {"id": "one", "model_path": path, "max_model_len": 32768}
 
 
 async def test_yaml_is_kept_as_it_is(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
