@@ -7,6 +7,7 @@ import hashlib
 import posixpath
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from llmstudiod.core.errors import AccessDeniedError, ConfigError
@@ -127,7 +128,8 @@ def refuse_put(
     faults += [Fault(f"expected a name that is free, found '{name}'") for name in mine if name in taken]
     if faults or not new.entries:
         told = "; ".join(str(fault) for fault in faults[:10]) or "it holds no recipe"
-        raise AccessDeniedError(f"the recipe cannot be written: {told}", hint=_BY_HAND)
+        details = {"faults": [asdict(fault) for fault in faults]}
+        raise AccessDeniedError(f"the recipe cannot be written: {told}", hint=_BY_HAND, details=details)
 
 
 def refuse_foreign(path: str, raw: bytes, written: object) -> None:

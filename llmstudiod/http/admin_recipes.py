@@ -185,10 +185,13 @@ class AdminRecipes:
         raw, file = await self._raw(request, model=model)
         loaded = _parsed(raw, file)
         faults = [fault for fault in loaded.faults if fault.severity is Severity.FAULT]
+        if len(loaded.entries) == 1:  # the launcher judges it again, but can tell no more than that it may not be
+            faults += await asyncio.to_thread(self._refused, loaded.entries[0].recipe)
         if faults or len(loaded.entries) != 1:
             told = "; ".join(map(str, faults[:3])) or f"expected one recipe, found {len(loaded.entries)}"
+            hint = next((fault.hint for fault in faults if fault.hint), None)
             details = {"faults": [fault_answer(fault) for fault in faults]}
-            raise ConfigError(f"the recipe is faulty: {told}", details=details)
+            raise ConfigError(f"the recipe is faulty: {told}", hint=hint, details=details)
         recipe = loaded.entries[0].recipe
         if model is not None and recipe.id != model:
             raise BadRequestError(f"id: expected '{model}', as in the path, found '{recipe.id}'")

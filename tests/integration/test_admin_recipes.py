@@ -166,6 +166,21 @@ async def test_bad_recipe_is_refused(
     assert says in json.dumps(answer["faults"])
 
 
+async def test_all_that_may_not_come_over_http_is_told(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """One answer names each of them by its key, as it does for any other fault."""
+    changes: dict[str, Any] = {
+        "env_vars": {"HARMLESS": "1"},
+        "sandbox": {"network": "host"},
+        "model_path": "/etc/passwd",
+        "chat_template_file": "/etc/hosts",
+    }
+    for method, path in (("POST", "/recipes"), ("PUT", "/recipes/one")):
+        status, answer = await ask(admin, method, path, recipe(daemon, **changes))
+        assert (status, answer["kind"]) == (400, "config")
+        assert {fault["key"] for fault in answer["faults"]} == changes.keys()
+        assert answer["hint"]
+
+
 @pytest.mark.parametrize("body", ["{", "[1]", '"x"', "5", ""])
 async def test_what_is_no_recipe_is_refused(admin: aiohttp.ClientSession, body: str) -> None:
     """Neither JSON nor an object."""
@@ -186,6 +201,7 @@ async def test_recipe_that_takes_anothers_name_is_refused(daemon: RunningDaemon,
     assert (await ask(admin, "POST", "/recipes", recipe(daemon, "one", aliases=["gpt-4o"])))[0] == 200
     status, answer = await ask(admin, "POST", "/recipes", recipe(daemon, "two", aliases=["gpt-4o"]))
     assert (status, "gpt-4o" in answer["detail"]) == (403, True)
+    assert [fault["severity"] for fault in answer["faults"]] == ["fault"]
 
 
 async def test_check_tells_what_would_become_of_it(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
