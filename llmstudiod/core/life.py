@@ -9,6 +9,7 @@ from typing import assert_never
 
 from llmstudiod.core import rejections, room
 from llmstudiod.core.desk import Desk
+from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.events import (
     Action,
     BecameReady,
@@ -93,7 +94,7 @@ class Life:
         self._last_run += 1
         instance.run = self._last_run
         instance.run_hash = recipe_hash
-        instance.failure = None
+        instance.failure = instance.refused = None
         instance.warnings = ()
         instance.progress_at = at
         instance.stop_cause = None
@@ -211,10 +212,29 @@ class Life:
         if instance.spec.restart is Restart.ALWAYS:
             self.set_timer(instance, Timer.RESTART, instance.retry_at)
 
+    def refuse(self, instance: Instance, error: LlmstudioError) -> None:
+        """Turn everybody away although nothing was started: no transition tells why, so it is told by itself."""
+        refused = Failure(error.kind, error.message, error.hint)
+        is_news = refused != instance.refused or any(waiter.is_load for waiter in instance.waiters.values())
+        instance.refused = refused
+        self.desk.refuse_all(instance, error)
+        if is_news:  # requests may come, and be refused, by the thousand
+            self.actions.append(Publish(instance.spec.id))
+
+    def give_up(self, instance: Instance, cause: StopCause, error: LlmstudioError) -> None:
+        """Turn everybody away because an operator does not want it to be started."""
+        if not instance.waiters:
+            return
+        instance.refused = None
+        instance.stop_cause = cause
+        self.desk.refuse_all(instance, error)
+        self.actions.append(Publish(instance.spec.id))
+
     def _note_failure(self, instance: Instance, at: float, failure: Failure) -> None:
         note_failure(instance, at, chance=self._chance(), is_crash=not failure.never_ran)
         instance.failure = failure
         instance.last_failure = (instance.run, failure)
+        instance.refused = None
         self._forget_run(instance, at)
         if instance.is_stale:  # the recipe in force now is another one, and has not failed yet
             forget_failures(instance, at)
@@ -365,6 +385,9 @@ class Life:
     def clear(self, instance: Instance, at: float, why: str = "reset on request") -> None:
         """Forget its failures."""
         forget_failures(instance, at)
+        if instance.refused is not None:
+            instance.refused = None
+            self.actions.append(Publish(instance.spec.id))
         if instance.state is State.FAILED:
             self.move(instance, State.STOPPED, at, why)
             instance.failure = None

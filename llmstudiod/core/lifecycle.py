@@ -146,6 +146,7 @@ class Instance:
     evicted_for: str = ""
     failure: Failure | None = None
     last_failure: tuple[int, Failure] | None = None  # the run that failed last; it stays when the next one starts
+    refused: Failure | None = None  # why it was not even started, when it was wanted last
     failures: int = 0
     failed_at: tuple[float, ...] = ()  # its latest failures, as many as its budget has
     is_exhausted: bool = False  # its budget of failures is used up
@@ -251,6 +252,7 @@ class InstanceView:
     stop_cause: StopCause | None
     story: tuple[Transition, ...]
     placement: Placement | None = None
+    refused: Failure | None = None
 
     @property
     def is_resident(self) -> bool:
@@ -286,4 +288,5 @@ def view(instance: Instance) -> InstanceView:
         stop_cause=instance.stop_cause,
         story=tuple(instance.story),
         placement=instance.placement,
+        refused=instance.refused,
     )

@@ -215,7 +215,7 @@ class Scheduler:
         unloaded = rejections.unloaded(event.model)
         if not instance.is_resident:
             self._life.clear(instance, event.at)
-            self._desk.refuse_all(instance, unloaded)
+            self._life.give_up(instance, StopCause.UNLOAD, unloaded)
             self._actions.append(Done(event.ticket))
             return
         instance.unload_tickets.append(event.ticket)
@@ -239,7 +239,7 @@ class Scheduler:
             instance.unload_tickets.append(event.ticket)
             self._life.stop(instance, event.at, cause=StopCause.CANCELLED)
         elif instance.waiters and not instance.is_resident:
-            self._desk.refuse_all(instance, rejections.cancelled(event.model))
+            self._life.give_up(instance, StopCause.CANCELLED, rejections.cancelled(event.model))
             self._actions.append(Done(event.ticket))
         else:
             self._actions.append(Refuse(event.ticket, rejections.nothing_to_cancel(instance)))
@@ -274,6 +274,7 @@ class Scheduler:
             self._remove(self._instances[model], event.at)
 
     def _outdate(self, instance: Instance, at: float) -> None:
+        instance.refused = None
         if instance.state is State.FAILED:
             self._life.clear(instance, at, StopCause.RECIPE.value)
             self._life.load_if_always(instance)
@@ -355,7 +356,7 @@ class Scheduler:
         for instance, busy in found.crowded:
             self._wait_for_busy(instance, busy, at)
         for instance, error in found.hopeless:
-            self._desk.refuse_all(instance, error or rejections.all_pinned(instance.spec.id, self.max_instances))
+            self._life.refuse(instance, error or rejections.all_pinned(instance.spec.id, self.max_instances))
         for instance in found.settling[:1]:
             if (again_at := self.watch.again(at)) is not None:
                 self._life.set_timer(instance, Timer.MEASURE, again_at)

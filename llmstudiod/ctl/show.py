@@ -97,6 +97,9 @@ def event_line(event: dict[str, Any]) -> str | None:
         return f"{at}  {data['id']}: {'; '.join(data['warnings'])}"
     if "models" in data:
         return f"{at}  settings, recipes or keys have changed ({counted(data['models'], 'model')})"
+    if data.get("stage") == "error" and data.get("kind"):
+        hint = f" ({data['hint']})" if data["hint"] else ""
+        return f"{at}  {data['recipe_id']}: {data['message']}{hint}"
     if data.get("stage") == "waiting" and data.get("progress"):
         return f"{at}  {data['recipe_id']}: {data['progress']:.0%} {data['message'] or ''}".rstrip()
     return None
@@ -104,7 +107,7 @@ def event_line(event: dict[str, Any]) -> str | None:
 
 def note(item: dict[str, Any]) -> str:
     """Return what is worth saying of an instance in a few words."""
-    if item["state"] == "failed":
+    if item["state"] == "failed" or (item["is_refused"] and item["state"] == "stopped"):
         return str(item["reason"] or "")
     if item["state"] == "loading" and item["progress"]:
         return f"{item['progress']:.0%} {item['stage'] or ''}".rstrip()

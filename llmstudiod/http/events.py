@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from llmstudiod.core.lifecycle import InstanceView, State, Transition
+from llmstudiod.core.lifecycle import InstanceView, State, StopCause, Transition
 from llmstudiod.http.answers import json_response
 from llmstudiod.http.streams import Streams, Write, event_bytes
 
@@ -75,11 +75,7 @@ class Events:
             self.publish("transition", told)
         if shown is None:
             return
-        stage = "cancelled" if shown.stop_cause == "its load was cancelled" else _STAGES[shown.state]
-        progress = 1.0 if shown.state is State.READY else shown.progress
-        message = step.cause if step else shown.stage
-        told = {"recipe_id": model, "stage": stage, "progress": progress, "message": message}
-        self.publish("launch_progress", told)
+        self.publish("launch_progress", _launch_progress(model, step, shown))
         if step is None and shown.warnings:
             self.publish("warning", {"id": model, "warnings": list(shown.warnings)})
 
@@ -173,3 +169,18 @@ class Events:
             if self._kept and self._kept[0][0] <= seen + 1:
                 missed = [event for each, event in self._kept if each > seen]
         return [*missed, event_bytes("snapshot", self._snapshot(), f"{self._boot}-{self._number}")]
+
+
+def _launch_progress(model: str, step: Transition | None, shown: InstanceView) -> dict[str, Any]:
+    """Return vllm-studio's event. ``progress`` grows from 0 to 1 while a model is loaded, and is 0 elsewhere.
+
+    A start that was refused is a stage ``error`` with ``kind`` and ``hint``; the model's state is what it was.
+    """
+    refused = shown.refused if step is None else None
+    if refused is not None:
+        told = {"recipe_id": model, "stage": "error", "progress": 0.0, "message": refused.message}
+        return told | {"kind": refused.kind, "hint": refused.hint}
+    stage = "cancelled" if shown.stop_cause is StopCause.CANCELLED else _STAGES[shown.state]
+    loaded = {State.READY: 1.0, State.STARTING: shown.progress, State.LOADING: shown.progress}.get(shown.state)
+    message = step.cause if step else shown.stage or ("" if shown.is_resident else str(shown.stop_cause or ""))
+    return {"recipe_id": model, "stage": stage, "progress": loaded or 0.0, "message": message}

@@ -125,14 +125,16 @@ class Instances:
         entry = self._supervisor.catalogue.entries.get(shown.id)
         unit = self._supervisor.unit_of(shown.id) if shown.state in UP else None
         recent = self._figures.recent(shown.id)
+        why = shown.refused or shown.failure
         return {
             "id": shown.id,
             "name": (entry.recipe.name if entry else None) or shown.id,
             "state": str(shown.state),
             "since": self.wall(shown.since),
-            "reason": shown.failure.message if shown.failure else (str(shown.stop_cause) if shown.stop_cause else None),
-            "kind": shown.failure.kind if shown.failure else None,
-            "hint": shown.failure.hint if shown.failure else None,
+            "reason": why.message if why else (str(shown.stop_cause) if shown.stop_cause else None),
+            "kind": why.kind if why else None,
+            "hint": why.hint if why else None,
+            "is_refused": shown.refused is not None,
             "failures": shown.failures,
             "retry_at": self._retry_at(shown),
             "is_exhausted": shown.is_exhausted,

@@ -114,6 +114,7 @@ class Instance(_Answer):
     reason: str | None
     kind: str | None
     hint: str | None
+    is_refused: bool
     failures: int
     retry_at: Moment | None
     is_exhausted: bool

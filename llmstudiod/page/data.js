@@ -135,12 +135,17 @@ function takeSome({ instances, removed }) {
 
 const STATES = { launching: "starting", waiting: "loading", ready: "ready", evicting: "draining", stopping: "stopping", stopped: "stopped", cancelled: "stopped", error: "failed" };
 
-function takeProgress({ recipe_id: id, stage, progress, message }) {
+function takeProgress({ recipe_id: id, stage, progress, message, kind, hint = null }) {
   const item = store.instances.get(id);
   if (!item) return;
+  if (kind !== undefined) { // a start that was refused: it is what it was
+    store.instances.set(id, { ...item, reason: message, kind, hint, is_refused: true });
+    tell("instances");
+    return;
+  }
   const state = STATES[stage] ?? item.state;
   const since = state === item.state ? item.since : Date.now() / 1000;
-  store.instances.set(id, { ...item, state, since, progress, stage: message });
+  store.instances.set(id, { ...item, state, since, progress, stage: message, is_refused: false });
   tell("instances");
 }
 

@@ -1,7 +1,7 @@
 // One model: what it does, why, and how it is run.
 
 import store, { ApiError, at, follow, get, listen } from "./data.js";
-import { actionButtons, onGpus } from "./overview.js";
+import { actionButtons, isRefused, onGpus } from "./overview.js";
 import { ago, attempt, bytes, clock, copyButton, count, h, mark, milliseconds, moment, plural, put, rate, say } from "./ui.js";
 import { course, draw } from "./chart.js";
 import { logView } from "./log.js";
@@ -56,12 +56,12 @@ export function show(main, { id }) {
     mark(state, "data-state", item.state);
     say(state, `${item.state} for ${ago(item.since)}`);
     progress.hidden = !isComing;
-    if (isComing && item.progress !== null) progress.value = item.progress;
+    if (isComing && item.progress) progress.value = item.progress;
     else progress.removeAttribute("value");
     say(stage, isComing ? [item.progress ? `${Math.round(item.progress * 100)} %` : "", item.stage ?? ""].filter(Boolean).join(" ") : "");
     stage.hidden = !isComing;
     drawTiles(item);
-    const newKey = [item.state, item.is_pinned, item.is_stale, item.failures, item.in_flight, item.alerts.length, item.pid, item.reason].join();
+    const newKey = [item.state, item.is_pinned, item.is_stale, item.failures, item.in_flight, item.alerts.length, item.pid, item.is_refused, item.reason].join();
     if (newKey === key) return;
     key = newKey;
     const focused = actions.contains(document.activeElement) ? document.activeElement.dataset.word : null;
@@ -84,7 +84,7 @@ export function show(main, { id }) {
   async function refresh() {
     const whole = await attempt(() => get(at("instances", id)));
     if (!whole) return;
-    const hasFailed = whole.state === "failed";
+    const hasFailed = isRefused(whole) || whole.state === "failed";
     put(why,
       hasFailed && h("div", { class: "why" }, h("p", {}, h("strong", {}, whole.reason)), whole.hint && h("p", {}, whole.hint),
         whole.retry_at && h("p", { class: "quiet" }, `It may be started again ${whole.is_exhausted ? "by itself only after" : "at"} ${clock(whole.retry_at)}.`),

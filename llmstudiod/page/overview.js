@@ -37,6 +37,9 @@ function unload(item) {
 const isTouched = matchMedia("(hover: none)").matches;
 let movedAt = -Infinity;
 
+/** Return whether a model was not even started when it was wanted last. */
+export function isRefused(item) { return item.state === "stopped" && Boolean(item.is_refused); }
+
 /** Return the buttons for a model. */
 export function actionButtons(item) {
   return actionsOf(item).map(([word, action, attributes]) =>
@@ -157,7 +160,7 @@ class Row {
     say(this.since, item.state === "stopped" ? "" : ago(item.since));
     this.progress.hidden = !isComing;
     mark(this.progress, "aria-label", isComing ? `Loading ${item.name}` : null);
-    if (isComing && item.progress !== null) this.progress.value = item.progress;
+    if (isComing && item.progress) this.progress.value = item.progress;
     else this.progress.removeAttribute("value");
     say(this.stage, isComing ? [item.progress ? `${Math.round(item.progress * 100)} %` : "", item.stage ?? ""].filter(Boolean).join(" ") : "");
     say(this.requests, item.in_flight ? `${item.in_flight}${item.slots ? ` of ${item.slots}` : ""}` : item.queued ? "" : "–");
@@ -188,14 +191,14 @@ class Row {
   }
 
   explain(item) {
-    const hasFailed = item.state === "failed";
+    const hasFailed = isRefused(item) || item.state === "failed";
     const alerts = item.alerts ?? [];
     this.why.hidden = !hasFailed && !alerts.length;
     this.box.className = hasFailed ? "why" : "why warn";
     say(this.reason, hasFailed ? item.reason : alerts.join(" "));
     const again = item.is_exhausted && item.retry_at ? ` It is not tried again until ${clock(item.retry_at)}.` : "";
     say(this.hint, hasFailed ? `${item.hint ?? ""}${again}` : "");
-    this.details.hidden = !hasFailed;
+    this.details.hidden = item.state !== "failed";
   }
 
   async loadLines() {

@@ -142,6 +142,11 @@ def test_model_that_does_not_fit_is_refused_with_the_sum(daemon: RunningDaemon, 
     assert daemon.state("wide") == "stopped"
     loaded = daemon.ctl("load", "wide")
     assert (loaded.returncode, "it would fit with" in loaded.stderr) == (7, True)
+    shown = daemon.admin.get("instances", "wide")
+    assert (shown["kind"], shown["is_refused"], shown["hint"]) == ("does_not_fit", True, error["hint"])
+    assert "it needs 1" in daemon.ctl("status").stdout
+    daemon.ctl("reset", "wide")
+    assert daemon.admin.get("instances", "wide")["is_refused"] is False
 
 
 def test_logs_can_be_followed(daemon: RunningDaemon) -> None:

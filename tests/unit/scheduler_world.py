@@ -115,6 +115,8 @@ class World:
     _due: list[tuple[float, int, Event]] = field(default_factory=list)
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
+    shown_anew: list[str] = field(default_factory=list)  # what was published without a transition
+
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(max_instances=self.max_instances)
 
@@ -340,7 +342,8 @@ class World:
                 number = self._new_ticket(Ticket(action.model, is_request=False))
                 self._vetted.append(RequestArrived(self.now, number, action.model, is_load=True, is_along=True))
             case Publish():
-                pass
+                if action.transition is None:
+                    self.shown_anew.append(action.model)
             case MeasureMemory():
                 raise AssertionError("memory is planned by nobody here")
             case _:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmstudiod.core.lifecycle import Failure, Instance, State, Transition, view
+from llmstudiod.core.lifecycle import Failure, Instance, State, StopCause, Transition, view
 from llmstudiod.ctl.show import event_line
 from llmstudiod.http.events import KEPT, QUEUE, Events
 from llmstudiod.http.live import Live
@@ -143,3 +143,46 @@ def test_lines_of_watch() -> None:
     assert line(progress=None, **loading) is None
     assert line(models=1) == "10:20:30  settings, recipes or keys have changed (1 model)"
     assert line(running=False) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "progress", "told"),
+    [
+        (State.STARTING, None, 0.0),
+        (State.LOADING, None, 0.0),
+        (State.LOADING, 0.4, 0.4),
+        (State.READY, None, 1.0),
+        (State.DRAINING, None, 0.0),
+        (State.STOPPING, 0.4, 0.0),
+        (State.STOPPED, None, 0.0),
+        (State.FAILED, None, 0.0),
+    ],
+)
+def test_progress_is_always_a_number(state: State, progress: float | None, told: float) -> None:
+    """Clients of vllm-studio calculate with it."""
+    events = Events(dict, Streams())
+    instance = Instance(spec("a"), since=0.0, state=state, progress=progress)
+    events.observe("a", None, view(instance))
+    assert parsed(events._kept[0][1])[2]["progress"] == told
+
+
+def test_refused_start_is_told() -> None:
+    """No transition tells of it: it has its own event, with what to do, and a line of ``watch``."""
+    events = Events(dict, Streams())
+    refused = Failure("does_not_fit", "it needs 32 GiB", "a smaller one")
+    events.observe("a", None, view(Instance(spec("a"), since=0.0, refused=refused)))
+    told = parsed(events._kept[0][1])[2]
+    assert told == {
+        "recipe_id": "a", "stage": "error", "progress": 0.0, "message": "it needs 32 GiB",
+        "kind": "does_not_fit", "hint": "a smaller one",
+    }  # fmt: skip
+    line = event_line({"data": told, "timestamp": "2026-11-23T10:20:30.000Z"})
+    assert line == "10:20:30  a: it needs 32 GiB (a smaller one)"
+
+
+def test_load_cancelled_before_its_start_is_told() -> None:
+    """As one that is cancelled later."""
+    events = Events(dict, Streams())
+    events.observe("a", None, view(Instance(spec("a"), since=0.0, stop_cause=StopCause.CANCELLED)))
+    told = parsed(events._kept[0][1])[2]
+    assert (told["stage"], told["message"]) == ("cancelled", "its load was cancelled")

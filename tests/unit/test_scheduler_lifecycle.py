@@ -656,3 +656,17 @@ def test_shutdown_limits_a_drain_for_an_eviction() -> None:
     world.shut_down()
     world.advance(61.0)
     assert world.scheduler.is_quiet()
+
+
+def test_load_that_is_given_up_before_its_start_is_told() -> None:
+    """Nothing was started, so no transition tells of it."""
+    world = world_of([spec("a"), spec("b", is_pinned=True)], max_instances=1)
+    world.ask("b")
+    world.settle()
+    world.script("a").vet_s = 5.0
+    for give_up, cause in ((world.cancel, StopCause.CANCELLED), (world.unload, StopCause.UNLOAD)):
+        number = world.load("a")
+        world.shown_anew.clear()
+        give_up("a")
+        assert world.error(number).kind == "shutting_down"
+        assert (world.view("a").stop_cause, world.shown_anew) == (cause, ["a"])

@@ -22,7 +22,7 @@ from llmstudiod.core.events import (
     VetPlan,
 )
 from llmstudiod.core.ledger import Memory
-from llmstudiod.core.lifecycle import State, UpstreamFacts
+from llmstudiod.core.lifecycle import Failure, State, UpstreamFacts
 from llmstudiod.core.memory import MIB, Run
 from llmstudiod.core.model_shape import Layer, ModelShape
 from llmstudiod.core.placement import Placement, Room, Wish, place
@@ -177,6 +177,27 @@ def test_model_that_fits_nowhere_costs_nobody_anything() -> None:
     error = world.error(world.ask("b"))
     assert "GPU 0 has 10.1 GiB free, 13.9 GiB could be freed" in error.message
     assert ready(world) == ["a"]
+
+
+def test_refused_load_is_shown() -> None:
+    """No transition tells of it: its reason is in the view until it is started, reset or another recipe."""
+    world = world_of(wish("b", 30))
+    error = world.error(world.load("b"))
+    shown = world.view("b")
+    assert shown.refused == Failure("does_not_fit", error.message, error.hint)
+    assert (shown.state, shown.failure, world.shown_anew) == (State.STOPPED, None, ["b"])
+    for _ in range(3):  # requests are refused by the thousand, for the same reason
+        world.ask("b")
+    assert world.shown_anew == ["b"]
+    world.load("b")
+    assert world.shown_anew == ["b", "b"]
+    world.reset("b")
+    assert (world.view("b").refused, world.shown_anew) == (None, ["b", "b", "b"])
+    world.load("b")
+    world.capacity = Room(64 * GIB, (48 * GIB,))
+    world.advance(10)
+    serve(world, "b")
+    assert world.view("b").refused is None
 
 
 def test_memory_is_waited_for_until_it_is_measured_free() -> None:
