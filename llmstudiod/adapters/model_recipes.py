@@ -16,7 +16,7 @@ def load_catalogue(settings: Settings, loaded: LoadedRecipes) -> Catalogue:
     if settings.auto_recipes:
         claimed = [entry.recipe.model_path for entry in entries]
         claimed += [claim for fault in faults if fault.severity is Severity.FAULT for claim in fault.claims]
-        taken = {target for path in claimed for target in _targets(path, settings.model_dirs)}
+        taken = {target for path in claimed for target in real_paths(path, settings.model_dirs)}
         found, more = _without_recipe(settings, taken)
         entries += found
         faults += more
@@ -70,7 +70,7 @@ def _model_id(path: Path) -> str | None:
         return None
 
 
-def _targets(path: str, model_dirs: Iterable[str]) -> list[Path]:
+def real_paths(path: str, model_dirs: Iterable[str]) -> list[Path]:
     """Return the real paths that a recipe's model_path may mean; a relative one is looked up in each directory."""
     try:
         return [(Path(directory) / path).resolve() for directory in ("/", *model_dirs)]

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from llmstudiod.adapters.gguf_file import BadModelFileError, read_header
 from llmstudiod.adapters.model_files import FoundModel, find_models, resolve_model
+from llmstudiod.adapters.model_recipes import real_paths
 from llmstudiod.core.command import plan_context
 from llmstudiod.core.devices import Machine
 from llmstudiod.core.errors import BadRequestError, LlmstudioError, LoadFailedError, NotFoundError
@@ -49,22 +50,28 @@ class AdminModels:
         for directory in settings.model_dirs:
             root = Path(directory)
             found, faults = find_models(root) if root.is_dir() else ([], [])
-            ids = sorted({model for each in found for model in recipes.get(str(each.path), [])})
+            mine = [_recipes_of(each, recipes) for each in found]
+            ids = sorted({model for ids in mine for model in ids})
             told = [fault.message for fault in faults[:100]]
             roots.append(
                 {"path": directory, "exists": root.is_dir(), "sources": ["setting"], "recipe_ids": ids, "faults": told}
             )
-            models += [_shown(each, recipes.get(str(each.path), []), machine) for each in found]
+            models += [_shown(each, ids, machine) for each, ids in zip(found, mine, strict=True)]
         return {
             "models": models,
             "roots": roots,
             "configured_models_dir": next(iter(settings.model_dirs), None),
         }
 
-    def _recipes_by_path(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+    def _recipes_by_path(self) -> dict[Path, list[str]]:
+        """Return the recipes of each file by its real path: a recipe may name a link, a directory, or a short path."""
+        found: dict[Path, list[str]] = {}
+        directories = self._settings().model_dirs
         for model, entry in self._supervisor.catalogue.entries.items():
-            found.setdefault(entry.recipe.model_path, []).append(model)
+            places = real_paths(entry.recipe.model_path, directories)[1:]  # a relative one is not looked up below /
+            path = next(filter(_is_there, places), None)
+            if path is not None:
+                found.setdefault(_file_of(path), []).append(model)
         return found
 
     async def _calculate(self, request: web.Request) -> web.Response:
@@ -125,6 +132,28 @@ class AdminModels:
         raise NotFoundError(
             f"there is no '{name[:200]}' in the model directories", hint="GET /v1/studio/models lists what there is"
         )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _file_of(path: Path) -> Path:
+    """Return the file of a model, which may be given as the directory that holds it alone."""
+    try:
+        return resolve_model(path).path.resolve() if path.is_dir() else path
+    except (LlmstudioError, OSError, RuntimeError):  # what is wrong with it is told where the model is wanted
+        return path
+
+
+def _recipes_of(model: FoundModel, recipes: dict[Path, list[str]]) -> list[str]:
+    try:
+        return sorted(recipes.get(model.path.resolve(), []))
+    except (OSError, RuntimeError):
+        return []
 
 
 def _shown(model: FoundModel, recipes: list[str], machine: Machine) -> dict[str, Any]:

@@ -258,3 +258,21 @@ async def test_recipe_is_changed_and_removed_by_its_id_alone(
     assert (status, "gpt-4o" in answer["detail"]) == (403, True), answer
     assert [item["id"] for item in (await ask(admin, "GET", "/recipes"))[1]] == ["one"]
     assert (await ask(admin, "DELETE", "/recipes/one"))[0] == 200
+
+
+async def test_file_has_the_recipes_that_mean_it(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """However they name it: by its path, by a short one, by a link, or by the directory that holds it alone."""
+    models = daemon.home / "models"
+    (models / "sub").mkdir()
+    write_tiny_gguf(models / "sub" / "alone.gguf")
+    (models / "link").symlink_to("sub")
+    ways = {"path": str(models / "sub" / "alone.gguf"), "short": "sub/alone.gguf", "directory": str(models / "sub")}
+    ways |= {"link": str(models / "link" / "alone.gguf"), "nowhere": "sub/nothing.gguf"}
+    for model, path in ways.items():
+        daemon.put_recipe({"id": model, "model_path": path})
+    daemon.reload()
+    found = (await ask(admin, "GET", "/v1/studio/models"))[1]
+    wanted = sorted(ways.keys() - {"nowhere"})
+    told = {item["name"]: item["recipe_ids"] for item in found["models"]}
+    assert told == {"alone.gguf": wanted, "tiny.gguf": []}
+    assert found["roots"][0]["recipe_ids"] == wanted
