@@ -15,7 +15,7 @@ from llmstudiod.http.streams import Streams, Write, event_bytes
 from llmstudiod.launchers.base import Launcher
 from llmstudiod.supervisor import Supervisor
 
-MAX_LINES = 20_000
+USUAL_LINES, MAX_LINES = 2000, 20_000
 
 
 class AdminLogs:
@@ -61,7 +61,7 @@ class AdminLogs:
 
     async def _show(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        lines = await self._launcher.lines(model, limit=_limit(request, 2000))
+        lines = await self._launcher.lines(model, limit=_limit(request))
         return json_response({"id": model, "logs": lines, "content": "\n".join(lines)})
 
     async def _delete(self, request: web.Request) -> web.Response:
@@ -75,19 +75,19 @@ class AdminLogs:
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         """Send the last lines, then every new one, until the reader goes; a slow one loses lines, nobody waits."""
-        model, limit = self._model(request), _limit(request, 50)
+        model, limit = self._model(request), _limit(request)
         return await self._streams.answer(request, lambda write: self.tell(model, limit, write))
 
     async def tell(self, model: str, limit: int, write: Write) -> None:
         """Write the last lines, then every new one."""
         async with contextlib.aclosing(self._launcher.follow(model, limit=limit)) as lines:  # type: ignore[type-var]
             async for line in lines:
-                await write(event_bytes("log", {"line": line}))
+                await write(event_bytes("log", {"session_id": model, "line": line}))
 
     def _model(self, request: web.Request) -> str:
         return self._supervisor.catalogue.resolve(request.match_info["id"])
 
 
-def _limit(request: web.Request, default: int) -> int:
+def _limit(request: web.Request) -> int:
     """Return how many lines are asked for; more than there may be are as many as there may be, as ever."""
-    return min(MAX_LINES, whole_number(request, "limit", default=default, least=0, most=sys.maxsize))
+    return min(MAX_LINES, whole_number(request, "limit", default=USUAL_LINES, least=0, most=sys.maxsize))

@@ -128,6 +128,25 @@ def test_events_have_the_old_names_and_form(daemon: RunningDaemon) -> None:
     assert differences(METRICS, seen["metrics"][0]) == []
 
 
+def test_log_is_replayed_and_followed(daemon: RunningDaemon) -> None:
+    """As much of it as GET answers, each line with the session that it belongs to."""
+    for _ in range(3):  # some fifty lines each
+        daemon.admin.post("launch", "tiny")
+        daemon.admin.post("evict", "tiny")
+    known = daemon.admin.get("logs", "tiny")["logs"]
+    assert len(known) > 100
+    connection = _UnixConnection(daemon.admin.socket_path, 30)
+    connection.request("GET", "/logs/tiny/stream")
+    response = connection.getresponse()
+    told: list[Any] = []
+    while len(told) < len(known):
+        line = response.readline().decode()
+        if line.startswith("data: "):
+            told.append(json.loads(line[6:])["data"])
+    connection.close()
+    assert told == [{"session_id": "tiny", "line": line} for line in known]
+
+
 STATUS = {"running": "bool", "process": "map|null", "inference_port": "int", "launching": "str|null"}
 METRICS = {
     "lifetime_prompt_tokens_total": "int",
