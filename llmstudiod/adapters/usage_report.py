@@ -1,9 +1,10 @@
 """What was used, from the tables of `llmstudiod.adapters.usage_log`, in the shape that vllm-studio's clients read.
 
 Days and hours are the machine's own; spans of time are exact to ten minutes. Quantiles, the least and the most are of
-the last ten thousand requests, everything else of thirty days. Blocks: asked in threads.
+the last ten thousand requests, everything else of the time for which sums are kept. Blocks: asked in threads.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ Sums = dict[str, Any]
 
 def usage_report(log: UsageLog, now: float) -> dict[str, Any]:
     """Return totals, latencies and courses of all requests that are kept."""
-    total, days, hours = _sums(log), _grouped(log, _DAY), _grouped(log, _HOUR)
-    last = log.ask("SELECT model, status, prompt + completion AS tokens, duration_ms, ttft_ms FROM requests")
+    since = now - log.keep_s
+    total, days, hours = _sums(log, since), _grouped(log, _DAY, since), _grouped(log, _HOUR, since)
+    select = "SELECT model, status, prompt + completion AS tokens, duration_ms, ttft_ms FROM requests WHERE at > ?"
+    last = log.ask(select, (since,))
     good = [row for row in last if is_answered(row["status"])]
     tokens = [row["tokens"] for row in last]
     return {
@@ -30,10 +33,11 @@ def usage_report(log: UsageLog, now: float) -> dict[str, Any]:
             **_tokens(total),
             "total_requests": total["requests"],
             "successful_requests": total["good"],
-            "failed_requests": total["requests"] - total["good"],
-            "success_rate": _percent(total["good"], total["requests"]),
+            "failed_requests": total["requests"] - total["good"] - total["cancelled"],
+            "cancelled_requests": total["cancelled"],
+            "success_rate": _success(total),
             "unique_sessions": 0,
-            "unique_users": len([key for key in _grouped(log, "key") if key]),
+            "unique_users": len([key for key in _grouped(log, "key", since) if key]),
         },
         "latency": {
             "avg_ms": _mean(total["good_ms"], total["good"]),
@@ -42,8 +46,8 @@ def usage_report(log: UsageLog, now: float) -> dict[str, Any]:
             "max_ms": round(max(latencies, default=0.0), 1),
         },
         "ttft": {
-            "avg_ms": _mean(total["ttft_ms"], total["good"]),
-            **_quantiles("ms", [row["ttft_ms"] for row in good]),
+            "avg_ms": _mean(total["ttft_ms"], total["waited"]),
+            **_quantiles("ms", [row["ttft_ms"] for row in good if row["ttft_ms"]]),
         },
         "tokens_per_request": {
             "avg": _mean(total["prompt"] + total["completion"], total["requests"]),
@@ -64,8 +68,8 @@ def usage_report(log: UsageLog, now: float) -> dict[str, Any]:
         "recent_activity": _recent(log, now),
         "peak_days": _peaks([{"date": day, **_load(each)} for day, each in days.items()]),
         "peak_hours": _peaks([{"hour": hour, "requests": each["requests"]} for hour, each in hours.items()]),
-        "by_model": _models(log, good),
-        "by_key": _keys(log),
+        "by_model": _models(log, good, since),
+        "by_key": _keys(log, since),
         "daily": [_day(day, days.get(day, _NOTHING)) for day in _last_days(now)],
         "hourly_pattern": [_hour(hour, hours.get(hour, _NOTHING)) for hour in range(24)],
     }
@@ -73,7 +77,7 @@ def usage_report(log: UsageLog, now: float) -> dict[str, Any]:
 
 def last_uses(log: UsageLog) -> dict[str, float]:
     """Return when each API key was used last, in seconds since 1970, by its name."""
-    return {row["key"]: row["at"] for row in log.ask("SELECT key, max(last_at) AS at FROM used GROUP BY key")}
+    return {row["key"]: row["at"] for row in log.ask("SELECT key, max(last_at) AS at FROM usage GROUP BY key")}
 
 
 def peaks(log: UsageLog, model: str | None) -> list[dict[str, Any]]:
@@ -88,16 +92,16 @@ _COLUMNS = ", ".join(f"ifnull(sum({name}), 0) AS {name}" for name in SUMS)
 _NOTHING: Sums = dict.fromkeys(SUMS, 0)
 
 
-def _sums(log: UsageLog, since: float = 0.0, until: float = 1e12) -> Sums:
+def _sums(log: UsageLog, since: float, until: float = 1e12) -> Sums:
     """Return the sums of a span of time."""
-    select = f"SELECT {_COLUMNS} FROM used WHERE at > ? AND at <= ?"  # noqa: S608 - our own names
+    select = f"SELECT {_COLUMNS} FROM usage WHERE at > ? AND at <= ?"  # noqa: S608 - our own names
     return next(iter(log.ask(select, (since, until))), _NOTHING)
 
 
-def _grouped(log: UsageLog, by: str) -> dict[Any, Sums]:
+def _grouped(log: UsageLog, by: str, since: float) -> dict[Any, Sums]:
     """Return the sums by an expression, and when the last request of each was."""
-    select = f"SELECT {by} AS name, max(last_at) AS last_at, {_COLUMNS} FROM used GROUP BY name"  # noqa: S608
-    return {row["name"]: row for row in log.ask(select)}
+    select = f"SELECT {by} AS name, max(last_at) AS last_at, {_COLUMNS} FROM usage WHERE at > ? GROUP BY name"  # noqa: S608
+    return {row["name"]: row for row in log.ask(select, (since,))}
 
 
 def _tokens(sums: Sums) -> dict[str, int]:
@@ -127,11 +131,12 @@ def _recent(log: UsageLog, now: float) -> dict[str, Any]:
     }
 
 
-def _models(log: UsageLog, last_good: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _models(log: UsageLog, last_good: Sequence[dict[str, Any]], since: float) -> list[dict[str, Any]]:
     latencies: dict[str, list[float]] = defaultdict(list)
     for row in last_good:
         latencies[row["model"]].append(row["duration_ms"])
-    found = [{"model": model, **_summary(each, latencies[model])} for model, each in _grouped(log, "model").items()]
+    sums = _grouped(log, "model", since)
+    found = [{"model": model, **_summary(each, latencies[model])} for model, each in sums.items()]
     return sorted(found, key=lambda item: int(item["total_tokens"]), reverse=True)[:N_MODELS]
 
 
@@ -140,20 +145,21 @@ def _summary(sums: Sums, latencies: Sequence[float]) -> dict[str, Any]:
     return {
         "requests": sums["requests"],
         "successful": sums["good"],
-        "success_rate": _percent(sums["good"], sums["requests"]),
+        "success_rate": _success(sums),
         **total,
         "avg_tokens": _mean(total["total_tokens"], sums["requests"]),
         "avg_latency_ms": _mean(sums["good_ms"], sums["good"]),
         "p50_latency_ms": _quantile(latencies, 0.5),
-        "avg_ttft_ms": _mean(sums["ttft_ms"], sums["good"]),
+        "avg_ttft_ms": _mean(sums["ttft_ms"], sums["waited"]),
         "tokens_per_sec": _per_second(sums["completion"], sums["good_ms"]) or 0.0,
         "prefill_tps": _per_second(sums["read"], sums["prompt_ms"]),
         "generation_tps": _per_second(sums["written"], sums["completion_ms"]),
     }
 
 
-def _keys(log: UsageLog) -> list[dict[str, Any]]:
-    found = [{"key": key, **_load(each), "last_used": each["last_at"]} for key, each in _grouped(log, "key").items()]
+def _keys(log: UsageLog, since: float) -> list[dict[str, Any]]:
+    sums = _grouped(log, "key", since)
+    found = [{"key": key, **_load(each), "last_used": each["last_at"]} for key, each in sums.items()]
     return sorted(found, key=lambda item: int(item["requests"]), reverse=True)
 
 
@@ -168,7 +174,7 @@ def _day(day: str, sums: Sums) -> dict[str, Any]:
         "date": day,
         "requests": sums["requests"],
         "successful": sums["good"],
-        "success_rate": _percent(sums["good"], sums["requests"]),
+        "success_rate": _success(sums),
         **_tokens(sums),
         "avg_latency_ms": _mean(sums["good_ms"], sums["good"]),
     }
@@ -195,13 +201,18 @@ def _per_second(tokens: int, milliseconds: float) -> float | None:
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
-    """Return the value below which this share of them lies, by the nearest rank.
+    """Return the least value that this share of them does not exceed, by the nearest rank.
 
-    >>> _quantile([5, 1, 3], 0.5), _quantile([], 0.5)
-    (3.0, 0.0)
+    >>> _quantile([5, 1, 3], 0.5), _quantile(range(1, 101), 0.95), _quantile([], 0.5)
+    (3.0, 95.0, 0.0)
     """
     ordered = sorted(values)
-    return round(float(ordered[min(len(ordered) - 1, int(share * len(ordered)))]), 1) if ordered else 0.0
+    return round(float(ordered[max(0, math.ceil(share * len(ordered)) - 1)]), 1) if ordered else 0.0
+
+
+def _success(sums: Sums) -> float:
+    """Return the percentage of the requests that were answered, of those that anybody waited for."""
+    return _percent(sums["good"], sums["requests"] - sums["cancelled"])
 
 
 def _percent(part: float, whole: float) -> float:

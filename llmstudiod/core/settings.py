@@ -42,6 +42,7 @@ class Settings:
     restart_window: Annotated[float, Ge(1)] = 600.0
     exit_idle: Annotated[float, Ge(0)] = 0.0
     wait_comment_interval: Annotated[float, Ge(0.05)] = 5.0
+    usage_keep: Annotated[float, Ge(3600)] = 30 * 86400.0
     log_level: Literal["error", "warning", "info", "debug"] = "info"
 
     @classmethod

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llmstudiod.core import sharing
-from llmstudiod.core.recipe import Fault, Severity
+from llmstudiod.core.recipe import Fault
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.core.units import format_bytes, parse_duration_s, parse_size_bytes
 from llmstudiod.core.validation import shorten, validate
@@ -18,7 +18,15 @@ from llmstudiod.core.yaml_lines import Document
 ENVIRONMENT_PREFIX = "LLMSTUDIO_"
 
 _DURATIONS = frozenset(
-    {"idle_timeout", "load_stall_timeout", "drain_timeout", "restart_window", "exit_idle", "wait_comment_interval"}
+    {
+        "idle_timeout",
+        "load_stall_timeout",
+        "drain_timeout",
+        "restart_window",
+        "exit_idle",
+        "wait_comment_interval",
+        "usage_keep",
+    }
 )
 _SIZES = frozenset({"max_body"})
 _LISTS = frozenset({"model_dirs", "listen", "allowed_hosts", "cors_origins"})
@@ -28,6 +36,7 @@ _WORDS: Mapping[str, str] = {
     "load_stall_timeout": "a duration of 1s or more",
     "restart_window": "a duration of 1s or more",
     "wait_comment_interval": "a duration of 50ms or more",
+    "usage_keep": "a duration of 1h or more",
 }
 _MAX_DURATION_S = 10 * 365 * 86400.0
 _NAMES = tuple(field.name for field in dataclasses.fields(Settings))
@@ -40,9 +49,6 @@ _SHARING: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
     ),
     "groups": (sharing.groups, lambda value: ", ".join(value) or "no group"),
 }
-
-# Settings of the architecture that a later version brings: told, not taken for a slip of the pen.
-_LATER = frozenset({"usage_keep"})
 
 
 def read_settings(
@@ -157,10 +163,6 @@ def size(raw: Any) -> int:  # noqa: ANN401 - a value of YAML
 
 
 def _unknown(name: str, document: Document) -> Fault:
-    if name in _LATER:
-        return Fault(
-            "has no effect in this version", document.file, document.line((name,)), key=name, severity=Severity.WARNING
-        )
     close = difflib.get_close_matches(name, _NAMES, n=1)
     hint = f"did you mean {close[0]}?" if close else "the comments in the installed llmstudiod.yaml list the settings"
     return Fault(

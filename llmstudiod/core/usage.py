@@ -1,7 +1,8 @@
-"""What a request has cost, read from the last bytes of its answer.
+"""What a request has cost, read from the first and the last bytes of its answer.
 
 llama-server ends an answer with ``timings``, streams too, whether they were asked for or not; embeddings and others
-have ``usage`` alone. A model's words cannot be taken for either: inside a JSON string the quotation marks are escaped.
+have ``usage`` alone, and Anthropic's streams begin with one ``usage`` and end with another. A model's words cannot be
+taken for either: inside a JSON string the quotation marks are escaped.
 """
 
 import json
@@ -34,7 +35,7 @@ NOTHING = Spent()
 def spent(tail: bytes) -> Spent:
     """Return what the end of an answer tells.
 
-    >>> spent(b'…}],"timings":{"cache_n":2,"prompt_n":5,"prompt_ms":1.5,"predicted_n":7,"predicted_ms":3.5}}')
+    >>> spent(b'{"choices":[],"timings":{"cache_n":2,"prompt_n":5,"prompt_ms":1.5,"predicted_n":7,"predicted_ms":3.5}}')
     Spent(prompt=7, completion=7, cached=2, prompt_ms=1.5, completion_ms=3.5)
     """
     timings = _last_object(_TIMINGS, tail)
@@ -47,21 +48,43 @@ def spent(tail: bytes) -> Spent:
             prompt_ms=_ms(timings, "prompt_ms"),
             completion_ms=_ms(timings, "predicted_ms") if written > 1 else 0.0,
         )
-    usage = _last_object(_USAGE, tail)
-    if usage is None:
-        return NOTHING
-    prompt = _count(usage, "prompt_tokens") or _count(usage, "input_tokens")
-    return Spent(prompt=prompt, completion=_count(usage, "completion_tokens") or _count(usage, "output_tokens"))
+    return _used(_objects(_USAGE, tail))
+
+
+def _used(usages: list[dict[str, Any]]) -> Spent:
+    """Return what the ``usage`` objects of an answer say together; each count only grows.
+
+    OpenAI's counts of a prompt hold what was cached; Anthropic's ``input_tokens`` are those beside it.
+
+    >>> _used([{"input_tokens": 1, "cache_read_input_tokens": 72}, {"output_tokens": 9}])
+    Spent(prompt=73, completion=9, cached=72, prompt_ms=0.0, completion_ms=0.0)
+    """
+
+    def most(*names: str) -> int:
+        return max((_count(usage, name) for usage in usages for name in names), default=0)
+
+    read, written = most("cache_read_input_tokens"), most("cache_creation_input_tokens")
+    details = [usage.get(name) for usage in usages for name in ("prompt_tokens_details", "input_tokens_details")]
+    known = [_count(each, "cached_tokens") for each in details if isinstance(each, dict)]
+    return Spent(
+        prompt=most("prompt_tokens", "input_tokens") + read + written,
+        completion=most("completion_tokens", "output_tokens"),
+        cached=max(read, *known, 0),
+    )
 
 
 def _last_object(name: re.Pattern[bytes], tail: bytes) -> dict[str, Any] | None:
-    found = None
-    for match in name.finditer(tail):
-        found = match
-    if found is None:
-        return None
+    matches = list(name.finditer(tail))
+    return _object(tail, matches[-1].end()) if matches else None
+
+
+def _objects(name: re.Pattern[bytes], tail: bytes) -> list[dict[str, Any]]:
+    return [found for match in name.finditer(tail) if (found := _object(tail, match.end())) is not None]
+
+
+def _object(tail: bytes, begin: int) -> dict[str, Any] | None:
     try:
-        value, _ = _DECODER.raw_decode(tail[found.end() :].decode("utf-8", "replace"))
+        value, _ = _DECODER.raw_decode(tail[begin:].decode("utf-8", "replace"))
     except (ValueError, RecursionError):  # cut off, or split between two chunks; or nested without end
         return None
     return value if isinstance(value, dict) else None

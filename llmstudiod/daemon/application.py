@@ -128,7 +128,7 @@ class Application:
         listing = Listing(self.supervisor, created=int(time.time()))
         self._keys_error: ConfigError | None = None
         self._figures = Figures()
-        self.usage = UsageLog(self.state, self._figures.add)
+        self.usage = UsageLog(self.state, self._figures.add, keep_s=settings.usage_keep)
         self.meter = Meter(self.usage.note)
         self._sessions = Sessions(self.state, lambda hashed: any(key.hash == hashed for key in self._admin_keys()))
         own_names = frozenset({socket.gethostname().lower()})
@@ -281,7 +281,7 @@ class Application:
             for shown in self.supervisor.views():
                 self.history.totals(shown)
             await asyncio.to_thread(self.history.flush)
-            await asyncio.to_thread(self.usage.flush)
+            await asyncio.to_thread(self.usage.close)
             await asyncio.to_thread(self.state.close)
 
     async def _can_read_recipes(self) -> bool:
@@ -327,6 +327,7 @@ class Application:
         self.loaded, self._found = found.settings, found
         settings = found.settings.settings
         self.planner.use_settings(settings)
+        self.usage.keep_s = settings.usage_keep
         self.proxy.max_body = settings.max_body
         self.proxy.wait_comment_interval_s = settings.wait_comment_interval
         logging.getLogger().setLevel(settings.log_level.upper())

@@ -89,7 +89,7 @@ class AdminUsage:
             "requests_total": kept["requests"],
             "energy_wh": round(kept["energy_wh"], 3),
             "energy_kwh": round(kept["energy_wh"] / 1000, 6),
-            "uptime_seconds": round(time.time() - self._began_at, 1),
+            "uptime_seconds": round(kept["uptime_s"], 1),
             "first_started_at": kept["first_started_at"],
         }
 
@@ -102,9 +102,17 @@ class AdminUsage:
         best = await asyncio.to_thread(peaks, self._log, ready.id) if ready else []
         gpus = await self._gpus()
         watts = sum(gpu["power_draw"] or 0 for gpu in gpus["gpus"])
+        kwh, read, written = (totals[name] for name in ("energy_kwh", "prompt_tokens_total", "completion_tokens_total"))
         per_model = {shown.id: self._figures.memory(shown.id) for shown in views if shown.is_resident}
         return {
             **{f"lifetime_{name}": value for name, value in totals.items() if name != "first_started_at"},
+            "lifetime_prompt_tokens": read,
+            "lifetime_completion_tokens": written,
+            "lifetime_requests": totals["requests_total"],
+            "lifetime_uptime_hours": round(totals["uptime_seconds"] / 3600, 4),
+            "kwh_per_million_input": round(kwh / read * 1e6, 6) if read else None,
+            "kwh_per_million_output": round(kwh / written * 1e6, 6) if written else None,
+            "kv_cache_usage": await self._instances.kv_cache_usage(ready.id) if ready else 0.0,
             "model_id": ready.id if ready else None,
             "current_power_watts": round(watts, 1),
             "running_requests": sum(shown.in_flight for shown in views),
@@ -179,7 +187,7 @@ class AdminUsage:
                     pool, pieces.append, client_is_http11=True, is_begun=False, is_head_request=False, is_last=True
                 )
                 outcome = await exchange.run(head, raw)
-                Meter(self._log.note).exchanged(exchange, outcome, model=model, key="")
+                Meter(self._log.note).exchanged(exchange, outcome, model=model, key="", path="/completion")
         except TimeoutError:
             raise UnavailableError(f"'{model}' did not answer within {BENCHMARK_S:.0f} s") from None
         finally:
@@ -215,7 +223,7 @@ class AdminUsage:
         out.gauge("requests_in_flight", "Requests being served.", [({"model": v.id}, v.in_flight) for v in views])
         out.gauge("requests_queued", "Requests that wait.", [({"model": v.id}, v.queued) for v in views])
         for name, text in (
-            ("requests", "Requests that reached a model."),
+            ("requests", "Requests that a model computed for."),
             ("prompt_tokens", "Tokens read, those from the cache included."),
             ("cached_tokens", "Tokens of prompts that were in the cache."),
             ("completion_tokens", "Tokens written."),

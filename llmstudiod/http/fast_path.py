@@ -153,7 +153,7 @@ class FastExchange:
         self._supervisor.end(self.ticket)
         is_again = outcome is Outcome.UPSTREAM_LOST and not self.relay.sent_anything  # then the usual way notes it
         if not is_again:
-            self._meter.exchanged(self.relay, outcome, model=self.ticket.model, key=self._key)
+            self._meter.exchanged(self.relay, outcome, model=self.ticket.model, key=self._key, path=self.path)
         if outcome is Outcome.COMPLETE:
             self._client.fast_done(is_last=self.relay.is_last)
         else:
@@ -162,5 +162,5 @@ class FastExchange:
     def client_lost(self) -> None:
         """The client is gone: cut the upstream off, so that the slot is free at once."""
         self.relay.cut()
-        self._meter.exchanged(self.relay, None, model=self.ticket.model, key=self._key)
+        self._meter.exchanged(self.relay, None, model=self.ticket.model, key=self._key, path=self.path)
         self._supervisor.end(self.ticket)

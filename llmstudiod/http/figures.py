@@ -18,8 +18,8 @@ RECENT_S = 60.0
 class Recent:
     """Of the requests that ended in the last minute; None: there were none, or they told nothing.
 
-    ``generation_tps`` and ``prompt_tps``: tokens per second of computing; ``ttft_ms``: their median time to the first
-    byte of an answer.
+    ``generation_tps`` and ``prompt_tps``: tokens per second of computing; ``ttft_ms``: their median time to the
+    first token.
     """
 
     generation_tps: float | None = None
@@ -94,12 +94,12 @@ class Figures:
 def speed(rows: Iterable[Row]) -> Recent:
     """Return how fast requests were served."""
     rows = list(rows)
-    waits = sorted(row.ttft_ms for row in rows if row.status == 200)
+    waits = sorted(row.ttft_ms for row in rows if row.status == 200 and row.ttft_ms)
     read = sum(row.prompt - row.cached for row in rows if row.prompt_ms)
     return Recent(
         generation_tps=_rate(sum(row.completion for row in rows if row.completion_ms), [r.completion_ms for r in rows]),
         prompt_tps=_rate(read, [row.prompt_ms for row in rows]),
-        ttft_ms=round(waits[len(waits) // 2], 1) if waits else None,
+        ttft_ms=round(waits[(len(waits) - 1) // 2], 1) if waits else None,
     )
 
 

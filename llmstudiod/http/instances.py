@@ -86,6 +86,13 @@ class Instances:
             return []
         return await probe.slot_table(self._supervisor.socket_of(model)) or []
 
+    async def kv_cache_usage(self, model: str) -> float:
+        """Return which share of its slots' tokens a model's requests have taken, from 0 to 1."""
+        slots = await self._slot_table(model)
+        taken = sum(slot["n_prompt"] + slot["n_decoded"] for slot in slots if slot["is_busy"])
+        room = sum(slot["n_ctx"] for slot in slots)
+        return round(min(1.0, taken / room), 4) if room else 0.0
+
     async def _live(self, request: web.Request) -> web.StreamResponse:
         """Send what the slots do, and the last hour, whenever they change."""
         model = self._supervisor.catalogue.resolve(request.match_info["id"])

@@ -44,7 +44,7 @@ from llmstudiod.http.body import (
 from llmstudiod.http.client import ClientConnection, ClientStream, HeadTooLongError, Relayed, origin_form, read_body
 from llmstudiod.http.fast_path import FastExchange
 from llmstudiod.http.listing import Listing
-from llmstudiod.http.meter import Meter
+from llmstudiod.http.meter import COMPUTING, Meter
 from llmstudiod.http.relay import (
     MAX_COLLECTED,
     MAX_LINE_BYTES,
@@ -59,23 +59,13 @@ from llmstudiod.supervisor import Supervisor, Ticket
 
 logger = logging.getLogger(__name__)
 
-FORWARDED_POSTS = frozenset(
-    {
-        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings",
-        "/chat/completions", "/completions", "/completion", "/responses", "/embeddings", "/embedding",
-        "/v1/messages", "/v1/messages/count_tokens",
-        "/v1/rerank", "/rerank", "/v1/reranking", "/reranking",
-        "/infill", "/tokenize", "/detokenize", "/apply-template", "/v1/chat/completions/input_tokens",
-        "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations",
-    }
-)  # fmt: skip
-NEVER_STREAMED = frozenset(
-    {
-        "/v1/embeddings", "/embeddings", "/embedding",
-        "/v1/rerank", "/rerank", "/v1/reranking", "/reranking",
-        "/tokenize", "/detokenize", "/apply-template", "/v1/chat/completions/input_tokens", "/v1/messages/count_tokens",
-    }
-)  # fmt: skip
+COUNTING = frozenset(
+    {"/tokenize", "/detokenize", "/apply-template", "/v1/chat/completions/input_tokens", "/v1/messages/count_tokens"}
+)
+FORWARDED_POSTS = COMPUTING | COUNTING
+NEVER_STREAMED = COUNTING | {
+    "/v1/embeddings", "/embeddings", "/embedding", "/v1/rerank", "/rerank", "/v1/reranking", "/reranking",
+}  # fmt: skip
 """What llama-server answers in one piece, whatever ``stream`` says."""
 FORWARDED_GETS = frozenset({"/props", "/slots"})
 UPSTREAM_PREFIX = "/upstream/"
@@ -313,7 +303,8 @@ class Proxy:
             outcome = await exchange.run(head, body)
         finally:
             key = _connection(request).key
-            self._meter.exchanged(exchange, outcome, model=ticket.model, key=key.name if key else "")
+            name = key.name if key else ""
+            self._meter.exchanged(exchange, outcome, model=ticket.model, key=name, path=_asked_path(request))
         if outcome is Outcome.UPSTREAM_LOST:
             return await self._after_loss(client, exchange, ticket, path)
         if exchange.collected is not None:
@@ -427,6 +418,12 @@ def _is_of_the_endpoint(path: str) -> bool:
     """Whether clients of OpenAI's, Anthropic's or llama-server's interface ask at this path, or would."""
     is_v1 = path.startswith("/v1/") and not path.startswith(STUDIO_PREFIX)
     return is_v1 or path in _OWN_PATHS or path.startswith(UPSTREAM_PREFIX)
+
+
+def _asked_path(request: web.BaseRequest) -> str:
+    """Return the path that the model's server is asked for."""
+    path = _path(request)
+    return "/" + path[len(UPSTREAM_PREFIX) :].partition("/")[2] if path.startswith(UPSTREAM_PREFIX) else path
 
 
 def _refuse_beyond_use(key: Key | None, method: str, path: str) -> None:

@@ -245,12 +245,13 @@ class Exchange:
 
     ``began_at`` and ``first_at`` (0: not yet), by the loop's clock: when the request was sent, when its answer began.
     ``pieces``: the first and the last three pieces of the body, as they came: there an answer tells what it has cost.
+    ``n_events``: about how many events of a stream have come, one for each token.
     """
 
     __slots__ = (
         "_buffer", "_connection", "_has_paused", "_is_client_paused", "_is_garbled", "_is_over", "_is_sending",
         "_left", "_on_done", "_watcher", "_write", "began_at", "client_is_http11", "collected", "first_at", "head",
-        "is_begun", "is_head_request", "is_last", "pieces", "pool", "sent_anything",
+        "is_begun", "is_head_request", "is_last", "n_events", "pieces", "pool", "sent_anything",
     )  # fmt: skip
 
     def __init__(
@@ -274,6 +275,7 @@ class Exchange:
         self.began_at = pool.time()
         self.first_at = 0.0
         self.pieces: tuple[bytes, bytes, bytes, bytes] = (b"", b"", b"", b"")
+        self.n_events = 0
         self.sent_anything = False  # whether any byte of the upstream's answer was seen
         self._write = write
         self._connection: Connection | None = None
@@ -406,6 +408,7 @@ class Exchange:
         kind = self.head.body
         first, _, last_but_two, last_but_one = self.pieces
         self.pieces = (first or data, last_but_two, last_but_one, data)
+        self.n_events += data.count(b"data: {")
         is_over = kind is Body.NONE
         extra = b""
         payload: list[bytes] | None = None

@@ -149,6 +149,13 @@ def test_log_is_replayed_and_followed(daemon: RunningDaemon) -> None:
 
 STATUS = {"running": "bool", "process": "map|null", "inference_port": "int", "launching": "str|null"}
 METRICS = {
+    "lifetime_prompt_tokens": "int",
+    "lifetime_completion_tokens": "int",
+    "lifetime_requests": "int",
+    "lifetime_uptime_hours": "number",
+    "kwh_per_million_input": "number|null",
+    "kwh_per_million_output": "number|null",
+    "kv_cache_usage": "number",
     "lifetime_prompt_tokens_total": "int",
     "lifetime_completion_tokens_total": "int",
     "lifetime_requests_total": "int",

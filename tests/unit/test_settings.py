@@ -141,10 +141,13 @@ def test_dead_link_is_told(file: Path) -> None:
     assert load_settings(file).faults == (Fault("cannot read the file: No such file or directory", str(file)),)
 
 
-def test_setting_of_a_later_version_is_a_warning(file: Path) -> None:
-    """What the documents promise for later is not taken for a slip of the pen."""
-    (fault,) = load(file, "usage_keep: 30d").faults
-    assert (fault.severity, fault.message) == (Severity.WARNING, "has no effect in this version")
+def test_usage_is_kept_for_as_long_as_is_set(file: Path) -> None:
+    """Thirty days, or another time; less than an hour is a slip of the pen."""
+    assert load(file, "").settings.usage_keep == 30 * 86400.0
+    assert load(file, "usage_keep: 90d").settings.usage_keep == 90 * 86400.0
+    loaded = load(file, "usage_keep: 5m")
+    assert "1h or more" in loaded.faults[0].message
+    assert loaded.settings.usage_keep == 30 * 86400.0
 
 
 def test_later_files_win_and_are_named(file: Path) -> None:

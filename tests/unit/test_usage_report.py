@@ -1,5 +1,7 @@
 """Sums of ten minutes tell the same as all requests would, and cost the same after a month as after an hour."""
 
+import asyncio
+import contextlib
 import random
 import statistics
 import time
@@ -12,7 +14,7 @@ import pytest
 from llmstudiod.adapters import usage_log
 from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.adapters.usage_log import BUCKET_S, KEPT_ROWS, MAX_SAMPLED, TRIM_EVERY, Row, Served, UsageLog
-from llmstudiod.adapters.usage_report import last_uses, peaks, usage_report
+from llmstudiod.adapters.usage_report import _quantile, last_uses, peaks, usage_report
 from llmstudiod.http.figures import NOTHING, Figures, speed
 
 NOW = 1_800_000_000.0 // BUCKET_S * BUCKET_S  # spans of time are exact to a bucket
@@ -23,7 +25,7 @@ TAIL = b'{"timings": {"cache_n": %d, "prompt_n": %d, "prompt_ms": 10.0, "predict
 def served(at: float = NOW, **changes: Any) -> Served:
     """Return a request that read 40 tokens, 8 of them from the cache, and wrote 10."""
     values: dict[str, Any] = {
-        "model": "a", "key": "", "status": 200, "is_stream": False, "ttft_s": 0.1, "duration_s": 0.5,
+        "model": "a", "key": "", "status": 200, "is_stream": True, "ttft_s": 0.1, "duration_s": 0.5,
         "tail": TAIL % (8, 32, 10),
     }  # fmt: skip
     return Served(at=at, **(values | changes))
@@ -188,6 +190,99 @@ def test_old_requests_go_and_their_sums_stay(log: UsageLog) -> None:
     assert last_uses(log) == {"laptop": now}
     assert log.lifetime()["requests"] == 3 * KEPT_ROWS // 2 + 1
     assert {each["model"] for each in log.by_model()} == {"a", "old"}
+
+
+def test_only_what_is_in_force_is_told(log: UsageLog) -> None:
+    """What is older than `usage_keep` is in no figure, trimmed already or not; trimming takes it away."""
+    now = time.time()
+    log.keep_s = 2 * DAY_S
+    log.note(served(now - 3 * DAY_S, model="old", key="gone"))
+    log.note(served(now - DAY_S, duration_s=0.1))
+    report = usage_report(log, now)
+    assert report["totals"]["total_requests"] == 1
+    assert [each["model"] for each in report["by_model"]] == ["a"]
+    assert [each["key"] for each in report["by_key"]] == [""]
+    assert [each["requests"] for each in report["peak_days"]] == [1]
+    assert sum(each["requests"] for each in report["hourly_pattern"]) == 1
+    assert report["latency"]["max_ms"] == 100.0
+    assert [log.ask(f"SELECT count(*) AS n FROM {table}")[0]["n"] for table in ("usage", "requests")] == [2, 2]
+    log.trim()
+    assert [log.ask(f"SELECT count(*) AS n FROM {table}")[0]["n"] for table in ("usage", "requests")] == [1, 1]
+    assert log.lifetime()["requests"] == 2
+
+
+async def test_trims_soon_after_its_start(log: UsageLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that serves little, or never for long, keeps nothing for longer either."""
+    monkeypatch.setattr(usage_log, "PERIOD_S", 0.01)
+    log.note(served(time.time() - 40 * DAY_S))
+    log.flush()
+    trim, is_trimmed = log.trim, asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def trim_and_tell() -> None:
+        trim()
+        loop.call_soon_threadsafe(is_trimmed.set)
+
+    monkeypatch.setattr(log, "trim", trim_and_tell)
+    with contextlib.suppress(asyncio.CancelledError):
+        async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+            keeping = tasks.create_task(log.keep())
+            await is_trimmed.wait()
+            keeping.cancel()
+    assert log.ask("SELECT * FROM usage") == []
+
+
+def test_uptime_is_that_of_all_daemons(tmp_path: Path) -> None:
+    """Also the part that is not written yet."""
+    clock = Clock()
+    for _ in range(2):
+        state = StateDb(tmp_path / "state.db", tables=usage_log.TABLES)
+        log = UsageLog(state, lambda _: None, clock=clock)
+        clock.at += 50
+        log.count_uptime()
+        clock.at += 10
+        log.close()
+        state.close()
+    state = StateDb(tmp_path / "state.db", tables=usage_log.TABLES)
+    log = UsageLog(state, lambda _: None, clock=clock)
+    clock.at += 3
+    assert log.lifetime()["uptime_s"] == 123.0
+    state.close()
+
+
+def test_time_to_the_first_token_is_that_of_those_that_tell(log: UsageLog) -> None:
+    """A stream shows it, a whole answer may tell how long it read; an embedding's end is no first token."""
+    usage = b'{"usage": {"prompt_tokens": 40, "total_tokens": 40}}'
+    log.note(served(ttft_s=0.2))
+    log.note(served(is_stream=False, ttft_s=0.5))
+    log.note(served(is_stream=False, ttft_s=0.0001, duration_s=0.0001, tail=usage, model="vectors"))
+    report = usage_report(log, NOW + 1)
+    assert report["ttft"] == {"avg_ms": 105.0, "p50_ms": 10.0, "p95_ms": 200.0, "p99_ms": 200.0}
+    assert {each["model"]: each["avg_ttft_ms"] for each in report["by_model"]} == {"a": 105.0, "vectors": 0.0}
+    assert {each["model_id"]: each["ttft_ms"] for each in peaks(log, None)} == {"a": 10.0, "vectors": None}
+    rows = [Row(**each) for each in log.ask("SELECT * FROM requests")]
+    assert speed(rows[2:]).ttft_ms is None
+    assert speed(rows).ttft_ms == 10.0
+
+
+def test_cancelled_stream_counts_with_what_it_wrote(log: UsageLog) -> None:
+    """Its events are its tokens, but for the first; nobody has failed, and nothing is said of one that ended sooner."""
+    log.note(served())
+    log.note(served(status=499, tail=b"", n_events=8))
+    log.note(served(status=499, tail=b"", n_events=0))
+    log.note(served(status=500, tail=b""))
+    report = usage_report(log, NOW + 1)
+    totals = report["totals"]
+    assert (totals["total_requests"], totals["successful_requests"]) == (4, 1)
+    assert (totals["failed_requests"], totals["cancelled_requests"], totals["success_rate"]) == (1, 2, 50.0)
+    assert totals["completion_tokens"] == 17
+    assert report["by_model"][0]["success_rate"] == 50.0
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.5, 50), (0.95, 95), (0.99, 99), (1.0, 100), (0.001, 1)])
+def test_quantile_is_the_nearest_rank(share: float, rank: int) -> None:
+    """Of a hundred values the 95th in order, not the 96th."""
+    assert _quantile(range(1, 101), share) == rank
 
 
 # Figures of the last hour
