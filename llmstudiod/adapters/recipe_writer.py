@@ -87,7 +87,7 @@ def _refuse_foreign(path: Path) -> None:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror}") from error
     first, _, rest = raw.partition(b"\n")
     mark, written = first[: len(MARK)], first[len(MARK) :].decode("ascii", "replace")
-    strict.refuse_foreign(str(path), rest, written if mark == MARK.encode() and len(written) == _DIGITS else None)
+    strict.refuse_foreign(str(path), rest, [written] if mark == MARK.encode() and len(written) == _DIGITS else None)
 
 
 def _others(path: Path) -> Iterator[LoadedRecipes]:

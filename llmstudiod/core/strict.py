@@ -6,7 +6,7 @@ Pure, and made again by the launcher, whatever the daemon has checked.
 import hashlib
 import posixpath
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -132,13 +132,15 @@ def refuse_put(
         raise AccessDeniedError(f"the recipe cannot be written: {told}", hint=_BY_HAND, details=details)
 
 
-def refuse_foreign(path: str, raw: bytes, written: object) -> None:
-    """Refuse to touch a file that is not, byte for byte, what the launcher wrote; ``written`` is its `digest`.
+def refuse_foreign(path: str, raw: bytes, written: Collection[object] | None) -> None:
+    """Refuse to touch a file that is not, byte for byte, what the launcher wrote.
+
+    ``written``: the `digest` of each text that it was about to write there; a crash leaves one of them.
 
     Raises:
         AccessDeniedError: A person wrote it.
     """
-    if written != digest(raw):
+    if digest(raw) not in (written or ()):
         raise AccessDeniedError(f"'{path}' was written by hand", hint=f"{_BY_HAND}, or remove it")
 
 

@@ -59,12 +59,14 @@ class Store:
         return recipe
 
     def put_recipe(self, name: str, text: str, settings: Settings) -> None:
-        """Write a recipe file that came over HTTP; what a person wrote stays as it is."""
+        """Write a recipe file that came over HTTP, and note it before; what a person wrote stays as it is."""
         path = os.path.join(settings.recipes_dir, name)
         with self._lock:
-            new, others = self._loaded(path, text.encode()), self._others(path)
-            strict.refuse_put(new, others, settings.model_dirs, os.path.realpath)
-            self._write("written.json", json.dumps({**self._written(name, path), name: strict.digest(text.encode())}))
+            written = self._written(name, path)
+            new = self._loaded(path, text.encode())
+            strict.refuse_put(new, self._others(path), settings.model_dirs, os.path.realpath)
+            noted = {**written, name: [*written.get(name, ())[-8:], strict.digest(text.encode())]}
+            self._write("written.json", json.dumps(noted))
             write_trusted(path, text, owner=self._owner)
 
     def delete_recipe(self, name: str, settings: Settings) -> None:

@@ -458,6 +458,28 @@ def test_recipe_written_by_hand_cannot_be_replaced(store: Store, etc: Path, more
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize("is_written", [False, True], ids=["before", "after"])
+def test_crash_while_a_recipe_is_written(
+    store: Store, etc: Path, monkeypatch: pytest.MonkeyPatch, *, is_written: bool
+) -> None:
+    """Whether it comes before or after the file itself is there, the file that it leaves is still ours."""
+
+    def crash(path: str, text: str, **options: Any) -> None:
+        if is_written or not path.endswith("new.yaml"):
+            write_trusted(path, text, **options)
+        if path.endswith("new.yaml"):
+            raise KeyboardInterrupt
+
+    for text in (good(etc), good(etc) + "max_num_seqs: 2\n", good(etc) + "max_num_seqs: 3\n"):
+        with monkeypatch.context() as patch:
+            patch.setattr("llmstudiod.privileged.store.write_trusted", crash)
+            with pytest.raises(KeyboardInterrupt):
+                store.put_recipe("new.yaml", text, store.settings())
+        store.put_recipe("new.yaml", text, store.settings())
+    store.delete_recipe("new.yaml", store.settings())
+    assert not (etc / "recipes.d" / "new.yaml").exists()
+
+
 def test_recipe_that_a_person_edited_is_theirs(store: Store, etc: Path) -> None:
     """Also when it came over HTTP once."""
     store.put_recipe("new.yaml", good(etc), store.settings())
