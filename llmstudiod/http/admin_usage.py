@@ -244,6 +244,11 @@ class AdminUsage:
         return web.Response(body=out.text().encode(), headers={"Content-Type": Exposition.KIND, "Server": "llmstudiod"})
 
 
+def _gpu_id(gpu: dict[str, Any], number: int) -> str:
+    """Return a label that no other GPU has: not every driver tells an index, nor a UUID."""
+    return str(gpu["uuid"] or f"unknown-{number}") if gpu["index"] is None else str(gpu["index"])
+
+
 def _tell_gpus(out: Exposition, machine: dict[str, Any]) -> None:
     for name, key, text in (
         ("gpu_memory_used_bytes", "memory_used", "GPU memory in use."),
@@ -253,8 +258,8 @@ def _tell_gpus(out: Exposition, machine: dict[str, Any]) -> None:
         ("gpu_power_watts", "power_draw", "Its power."),
     ):
         values = [
-            ({"gpu_id": str(gpu["index"]), "gpu_name": str(gpu["name"])}, gpu[key])
-            for gpu in machine["gpus"]
+            ({"gpu_id": _gpu_id(gpu, number), "gpu_name": str(gpu["name"])}, gpu[key])
+            for number, gpu in enumerate(machine["gpus"])
             if gpu[key] is not None
         ]
         out.gauge(name, text, values)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from llmstudiod.adapters import usage_log
 from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.adapters.usage_log import BUCKET_S, KEPT_ROWS, MAX_SAMPLED, TRIM_EVERY, Row, Served, UsageLog
 from llmstudiod.adapters.usage_report import _quantile, last_uses, peaks, usage_report
+from llmstudiod.http.admin_usage import _tell_gpus
+from llmstudiod.http.exposition import Exposition
 from llmstudiod.http.figures import NOTHING, Figures, speed
 
 NOW = 1_800_000_000.0 // BUCKET_S * BUCKET_S  # spans of time are exact to a bucket
@@ -283,6 +286,16 @@ def test_cancelled_stream_counts_with_what_it_wrote(log: UsageLog) -> None:
 def test_quantile_is_the_nearest_rank(share: float, rank: int) -> None:
     """Of a hundred values the 95th in order, not the 96th."""
     assert _quantile(range(1, 101), share) == rank
+
+
+def test_gpus_have_labels_of_their_own() -> None:
+    """Prometheus refuses a page on which two lines have the same; not every driver tells an index, nor a UUID."""
+    unknown: dict[str, Any] = {"index": None, "uuid": None, "name": "GPU", "memory_used": 1}
+    unknown |= dict.fromkeys(("memory_total", "utilization", "temperature", "power_draw"))
+    gpus = [unknown | {"index": 0}, unknown | {"uuid": "GPU-1"}, unknown, unknown]
+    out = Exposition("x")
+    _tell_gpus(out, {"gpus": gpus, "host": {"memory_available": 1, "memory_total": 2}})
+    assert re.findall(r'gpu_id="([^"]*)"', out.text()) == ["0", "GPU-1", "unknown-2", "unknown-3"]
 
 
 # Figures of the last hour
