@@ -45,7 +45,8 @@ def send(daemon: RunningDaemon, request: str, body: object, *, via: str = "admin
     try:
         connection.request(method, path, content, {"Content-Type": "application/json"} if content else {})
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        raw, kind = response.read().decode(), response.getheader("Content-Type", "")
+        return response.status, json.loads(raw) if kind.startswith("application/json") else f"{kind}\n{raw}"
     finally:
         connection.close()
 
@@ -79,8 +80,11 @@ def test_exchange(daemon: RunningDaemon, exchange: dict[str, Any]) -> None:
     body = exchange.get("body")
     if "echo" in exchange:
         _, body = send(daemon, exchange["echo"], None)
+    if "before" in exchange:
+        send(daemon, exchange["before"], None)
     status, answer = send(daemon, exchange["request"], body, via=exchange.get("via", "admin"))
     assert (status, differences(exchange["answer"], answer)) == (exchange.get("status", 200), []), answer
+    assert "type" not in exchange or answer.startswith(exchange["type"])
 
 
 def test_events_have_the_old_names_and_form(daemon: RunningDaemon) -> None:
