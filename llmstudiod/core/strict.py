@@ -18,6 +18,7 @@ from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, recipe_hash
 from llmstudiod.core.settings import Settings
 
 _TRUST = "chown root, and chmod go-w: the file and every directory above it"
+KEPT_DIGESTS = 8
 _BY_HAND = "write the file by hand, as root"
 
 
@@ -147,6 +148,11 @@ def refuse_foreign(path: str, raw: bytes, written: Collection[object] | None) ->
 def digest(raw: bytes) -> str:
     """Return what tells a file's content from any other."""
     return hashlib.sha256(raw).hexdigest()
+
+
+def noted(written: Mapping[str, Sequence[str]], name: str, raw: bytes) -> dict[str, Sequence[str]]:
+    """Return what the launcher notes before it writes a file: the `digest` of the last few texts, by name."""
+    return {**written, name: [*written.get(name, ())[-KEPT_DIGESTS:], digest(raw)]}
 
 
 def refused_over_http(recipe: Recipe) -> list[Fault]:

@@ -62,10 +62,8 @@ class Store:
         """Write a recipe file that came over HTTP, and note it before; what a person wrote stays as it is."""
         path = os.path.join(settings.recipes_dir, name)
         with self._lock:
-            written = self._written(name, path)
-            new = self._loaded(path, text.encode())
-            strict.refuse_put(new, self._others(path), settings.model_dirs, os.path.realpath)
-            noted = {**written, name: [*written.get(name, ())[-8:], strict.digest(text.encode())]}
+            noted = strict.noted(self._written(name, path), name, raw := text.encode())
+            strict.refuse_put(self._loaded(path, raw), self._others(path), settings.model_dirs, os.path.realpath)
             self._write("written.json", json.dumps(noted))
             write_trusted(path, text, owner=self._owner)
 
