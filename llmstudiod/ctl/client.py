@@ -1,10 +1,11 @@
 """Talks to the admin socket with the standard library alone: a command line tool should start in an instant."""
 
+import contextlib
 import http.client
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,21 @@ class Client:
         """Return the answer to a DELETE."""
         return self._ask("DELETE", _path(parts), 60)
 
-    def events(self, *parts: str, query: str = "") -> Iterator[dict[str, Any]]:
-        """Yield the data of each server-sent event, until the daemon ends the stream."""
-        response = self._send("GET", _path(parts) + (f"?{query}" if query else ""), None)
-        for raw in response:
-            if raw.startswith(b"data: "):
-                yield json.loads(raw[6:])
+    def events(self, *parts: str, query: str = "", last_id: str | None = None) -> Iterator[dict[str, Any]]:
+        """Return the server-sent events, each with its name as ``event`` and its ``id``, until the stream ends.
+
+        ``last_id`` is the last one that was seen. How a stream ends is not told: a daemon that is killed and one that
+        stops look alike to whoever would ask again.
+
+        Raises:
+            AnswerError: The daemon refuses.
+            DaemonUnreachableError: There is none.
+        """
+        headers = {} if last_id is None else {"Last-Event-ID": last_id}
+        response = self._send("GET", _path(parts) + (f"?{query}" if query else ""), 60, headers=headers)
+        if response.status >= 400:
+            raise AnswerError(response.status, _object(response.read()))
+        return _events(response)
 
     def _ask(
         self,
@@ -133,11 +143,13 @@ class Client:
         timeout_s: float | None,
         body: bytes | None = None,
         kind: str = "application/json",
+        headers: Mapping[str, str] | None = None,
     ) -> http.client.HTTPResponse:
         connection = _UnixConnection(self.socket_path, timeout_s)
+        told = {} if body is None else {"Content-Type": kind}
         try:
-            connection.request(method, path, body, {} if body is None else {"Content-Type": kind})
-            return connection.getresponse()
+            connection.request(method, path, body, told | dict(headers or {}))
+            response = connection.getresponse()
         except PermissionError as error:
             raise DaemonUnreachableError(
                 f"you may not use the admin socket {self.socket_path}", hint="use sudo"
@@ -152,6 +164,21 @@ class Client:
                 f"cannot reach the daemon at {self.socket_path}: {reason}",
                 hint=f"{hint}, or name another socket with --socket or {SOCKET_VARIABLE}",
             ) from error
+        if connection.sock is not None and headers is not None:
+            connection.sock.settimeout(None)  # a stream may be silent for as long as nothing happens
+        return response
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    told: dict[str, Any] = {}
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        for raw in response:
+            name, _, value = raw.decode("utf-8", "replace").rstrip("\r\n").partition(": ")
+            if name in {"event", "id"}:
+                told[name] = value
+            elif name == "data":
+                yield told | json.loads(value)
+                told = {}
 
 
 def _object(raw: bytes) -> dict[str, Any]:

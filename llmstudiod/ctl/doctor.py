@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from llmstudiod import __version__
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.units import counted, format_bytes
+from llmstudiod.ctl import show
 from llmstudiod.ctl.client import Client
 
 GROUP = "llmstudio-admin"
@@ -232,8 +233,8 @@ def _run(*argv: str) -> str:
         return ""
 
 
-def _line(finding: Finding, *, is_plain: Callable[[], bool] = lambda: not sys.stdout.isatty()) -> str:
+def _line(finding: Finding) -> str:
     sign, code = _SIGNS[finding.level]
-    shown = sign if is_plain() or os.environ.get("NO_COLOR") else f"\x1b[{code}m{sign}\x1b[0m"
+    shown = f"\x1b[{code}m{sign}\x1b[0m" if show.has_colours() else sign
     hint = f"\n  {'':<13} {finding.hint}" if finding.hint else ""
     return f"{shown} {finding.topic:<13} {finding.text}{hint}"

@@ -16,6 +16,7 @@ from llmstudiod.ctl import keys as api_keys
 from llmstudiod.ctl import top as top_view
 from llmstudiod.ctl import web as web_page
 from llmstudiod.ctl.client import DEFAULT_SOCKET, EXIT_CODES, AnswerError, Client
+from llmstudiod.ctl.following import lasting_events, lasting_lines, tell_loss
 from llmstudiod.ctl.progress import load_progress
 
 Command = Callable[[Client, argparse.Namespace], int]
@@ -276,7 +277,7 @@ def _told(answer: dict[str, Any], arguments: argparse.Namespace) -> int:
 
 
 def _watch(client: Client, arguments: argparse.Namespace) -> int:
-    for event in client.events("events"):
+    for event in lasting_events(client, on_loss=tell_loss):
         if arguments.json:
             print(json.dumps(event, ensure_ascii=False), flush=True)
         elif line := show.event_line(event):
@@ -293,7 +294,7 @@ def _logs(client: Client, arguments: argparse.Namespace) -> int:
         for line in lines:
             print(line)
         return 0
-    for event in client.events("logs", arguments.model, "stream", query=f"limit={max(0, arguments.lines)}"):
+    for event in lasting_lines(client, arguments.model, limit=max(0, arguments.lines), on_loss=tell_loss):
         line = json.dumps(event, ensure_ascii=False) if arguments.json else event["data"]["line"]
         print(line, flush=True)
     return 0

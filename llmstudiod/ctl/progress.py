@@ -1,6 +1,7 @@
 """A bar on the terminal while a model is loaded, drawn from the daemon's events in a thread of its own."""
 
 import contextlib
+import os
 import shutil
 import sys
 import threading
@@ -17,7 +18,7 @@ CLEAR = "\r\x1b[K"
 @contextlib.contextmanager
 def load_progress(client: Client, model: str) -> Iterator[None]:
     """Show how far a model's load is, for as long as the block runs; on a terminal alone."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield
         return
     line = _Line()

@@ -5,55 +5,87 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from llmstudiod.core.units import counted, format_bytes, format_duration
 
 _LEAST = 10  # characters of a column
+_NAME = 28  # of the first one, while another one has to give way
 _COLOURS = {"ready": "32", "failed": "31", "loading": "33", "starting": "33", "draining": "33", "stopping": "33"}
+
+
+def has_colours(stream: TextIO | None = None) -> bool:
+    """Whether colours are wanted where something is printed: on a terminal that knows them, unless NO_COLOR."""
+    return (stream or sys.stdout).isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
+def has_screen() -> bool:
+    """Whether the cursor can be moved on what is printed to."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def coloured(text: str, state: str) -> str:
     """Return ``text`` in the colour of a state, where colours are wanted."""
     code = _COLOURS.get(state)
-    if code is None or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
+    return text if code is None or not has_colours() else f"\x1b[{code}m{text}\x1b[0m"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None) -> str:
-    """Return a table with aligned columns; on a narrow terminal the last column gives way, then the widest."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    """Return a table with aligned columns; on a terminal those that are empty are left out.
+
+    On a narrow terminal a long first column gives way, then the last one, then the widest; and where that is not
+    enough, the last ones are left out.
+    """
+    kept = list(range(len(header)))
+    if sys.stdout.isatty() and rows:
+        kept = [column for column in kept if any(row[column] for row in rows)]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in kept]
     if sys.stdout.isatty():
         widths = fitted(widths, shutil.get_terminal_size().columns)
     lines = []
     for number, row in enumerate((header, *rows)):
-        cells = [_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
+        told = [row[column] for column in kept[: len(widths)]]
+        cells = [cut(cell, width).ljust(width) for cell, width in zip(told, widths, strict=True)]
         cells[-1] = cells[-1].rstrip()
-        if number and state_column is not None:
-            cells[state_column] = coloured(cells[state_column], row[state_column])
+        if number and state_column is not None and state_column in kept[: len(widths)]:
+            place = kept.index(state_column)
+            cells[place] = coloured(cells[place], row[state_column])
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
 def fitted(widths: Sequence[int], columns: int) -> list[int]:
-    """Return the columns' widths so that two spaces between them, and all of them, fit, as far as ten each allow it.
+    """Return the columns' widths so that all of them fit, two spaces apart; the last ones are left out if need be.
 
-    >>> fitted([40, 8, 30], 60)
-    [38, 8, 10]
+    >>> fitted([40, 8, 30], 80)
+    [38, 8, 30]
     >>> fitted([40, 8, 90], 60)
-    [38, 8, 10]
+    [28, 8, 20]
+    >>> fitted([20, 8, 5, 8, 90], 40)
+    [13, 8, 5, 8]
+    >>> fitted([12, 7, 8, 8, 8, 8], 40)
+    [11, 7, 8, 8]
     """
     found = list(widths)
-    column = len(found) - 1
-    while (excess := sum(found) + 2 * (len(found) - 1) - columns) > 0 and max(found) > _LEAST:
-        found[column] = max(min(_LEAST, found[column]), found[column] - excess)
-        column = max(range(len(found)), key=found.__getitem__)
+    last = len(found) - 1
+    for column, least in ((0, _NAME), (last, _LEAST)):
+        found[column] = max(min(least, found[column]), found[column] - max(0, _excess(found, columns)))
+    while len(found) > 1 and _excess(found, columns) > 0:
+        longest = max(range(len(found)), key=found.__getitem__)
+        if found[longest] - _excess(found, columns) >= _LEAST:
+            found[longest] -= _excess(found, columns)
+        else:
+            found.pop()
     return found
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _excess(widths: Sequence[int], columns: int) -> int:
+    return sum(widths) + 2 * (len(widths) - 1) - columns
+
+
+def cut(text: str, width: int | None) -> str:
+    """Return as much of a text as fits."""
+    return text if width is None or len(text) <= width else text[: max(0, width - 1)] + "…"
 
 
 def memory_table(estimate: dict[str, Any]) -> str:
@@ -88,6 +120,8 @@ def event_line(event: dict[str, Any]) -> str | None:
     """Return one line of ``llmstudioctl watch``, or None for what is told by another event."""
     data, at = event["data"], event["timestamp"][11:19]
     if "instances" in data:
+        if "removed" in data:  # what has changed since, of which the transitions tell
+            return None
         up = [f"{item['id']} ({item['state']})" for item in data["instances"] if item["state"] != "stopped"]
         return f"{at}  {', '.join(up) or 'no model is loaded'}"
     if "from" in data:
@@ -106,7 +140,12 @@ def event_line(event: dict[str, Any]) -> str | None:
 
 
 def note(item: dict[str, Any]) -> str:
-    """Return what is worth saying of an instance in a few words."""
+    """Return what is worth saying of an instance in a few words, and that it is pinned."""
+    told = [*(["pinned"] if item["is_pinned"] else []), _note(item)]
+    return ", ".join(filter(None, told))
+
+
+def _note(item: dict[str, Any]) -> str:
     if item["state"] == "failed" or (item["is_refused"] and item["state"] == "stopped"):
         return str(item["reason"] or "")
     if item["state"] == "loading" and item["progress"]:
@@ -139,6 +178,7 @@ def status_text(item: dict[str, Any]) -> str:
             lines.append(f"{name:>12}: {value}")
 
     field("state", f"{item['state']} since {clock(item['since'])} ({ago(item['since'])} ago)")
+    field("pinned", "yes: it is neither evicted nor unloaded for idleness" if item["is_pinned"] else None)
     field("reason", item["reason"])
     field("hint", item["hint"] if item["reason"] else None)
     for name, text in _about_failure(item):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import urllib.request
@@ -59,12 +60,13 @@ class Terminal:
 
 
 @contextmanager
-def on_terminal(daemon: RunningDaemon, *words: str) -> Iterator[Terminal]:
+def on_terminal(daemon: RunningDaemon, *words: str, **variables: str) -> Iterator[Terminal]:
     """Run llmstudioctl on a terminal of 100 columns."""
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
     argv = [sys.executable, "-m", "llmstudiod.ctl.main", "--socket", daemon.admin.socket_path, *words]
-    environment = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm"}
+    environment = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm", **variables}
+    environment = {name: value for name, value in environment.items() if value}
     process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     try:
@@ -238,6 +240,74 @@ def test_pin_restart_and_reload(daemon: RunningDaemon) -> None:
 # Looking
 
 
+@contextmanager
+def in_the_background(daemon: RunningDaemon, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """Run llmstudioctl while something else happens; its output is a pipe."""
+    argv = [sys.executable, "-m", "llmstudiod.ctl.main", "--socket", daemon.admin.socket_path, *words]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("words", [["logs", "-f", "nobody"], ["watch"], ["top"]])
+def test_refusal_of_a_stream_is_told(daemon: RunningDaemon, words: list[str]) -> None:
+    """What the daemon refuses does not look like a stream without events."""
+    if words == ["logs", "-f", "nobody"]:
+        done = daemon.ctl(*words)
+        assert (done.returncode, done.stdout) == (4, "")
+        assert "there is no model 'nobody'" in done.stderr
+    daemon.process.kill()
+    daemon.process.wait()
+    assert daemon.ctl(*words).returncode == 8
+
+
+def test_watch_goes_on_with_the_next_daemon(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """One that was killed and started again; nothing has to be typed again."""
+    with in_the_background(daemon, "watch", "--json") as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        assert first["event"] == "snapshot"
+        assert first["id"].endswith("-0")
+        daemon.process.kill()
+        daemon.process.wait()
+        again = started_again(daemon)
+        try:
+            later = json.loads(process.stdout.readline())
+            while later["event"] != "snapshot":
+                later = json.loads(process.stdout.readline())
+            assert later["id"] != first["id"]
+        finally:
+            again.terminate()
+            again.wait(20)
+
+
+def started_again(daemon: RunningDaemon) -> subprocess.Popen[bytes]:
+    """Start a daemon in the place of one that was killed."""
+    Path(daemon.admin.socket_path).unlink(missing_ok=True)
+    argv = [sys.executable, "-m", "llmstudiod.daemon.main", "--config", str(daemon.home / "llmstudiod.yaml")]
+    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_logs_go_on_with_the_next_daemon(daemon: RunningDaemon) -> None:
+    """What the model writes later is shown by the same command."""
+    daemon.ctl("load", "tiny")
+    with in_the_background(daemon, "logs", "-f", "-n", "1", "tiny") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        daemon.process.terminate()
+        daemon.process.wait(20)
+        again = started_again(daemon)
+        try:
+            wait_until(lambda: Path(daemon.admin.socket_path).exists())
+            assert daemon.ctl("load", "tiny").returncode == 0
+            assert process.stdout.readline()
+        finally:
+            again.terminate()
+            again.wait(20)
+
+
 def test_top_once(daemon: RunningDaemon) -> None:
     """Where nobody looks at a terminal it prints one picture, without control codes."""
     daemon.ctl("load", "tiny")
@@ -264,6 +334,56 @@ def test_top_is_live(daemon: RunningDaemon) -> None:
         terminal.process.send_signal(signal.SIGINT)
         wait_until(lambda: terminal.has("\x1b[?1049l"))
         assert terminal.process.wait(10) == 130
+
+
+def test_top_ends_at_q_and_follows_the_terminal(daemon: RunningDaemon) -> None:
+    """What is typed is not shown, and the terminal is as it was; a new size is drawn at once."""
+    with on_terminal(daemon, "top", COLUMNS="", LINES="") as terminal:
+        before = termios.tcgetattr(terminal.descriptor)[3]
+        wait_until(lambda: terminal.has("2 models"))
+        assert termios.tcgetattr(terminal.descriptor)[3] & (termios.ECHO | termios.ICANON) == 0
+        termios.tcsetwinsize(terminal.descriptor, (5, 30))
+        wait_until(lambda: terminal.has("and 1 more"))
+        os.write(terminal.descriptor, b"q")
+        assert terminal.process.wait(10) == 0
+        assert terminal.has("\x1b[?1049l")
+        assert termios.tcgetattr(terminal.descriptor)[3] == before
+
+
+@pytest.mark.parametrize("words", [["list"], ["top", "--once"], ["status"]])
+def test_pictures_fit_a_narrow_terminal(daemon: RunningDaemon, words: list[str]) -> None:
+    """Of 40 columns: what matters less is left out."""
+    daemon.put_recipe({"id": "a-" + "very-" * 5 + "long", "model_path": str(daemon.home / "models" / "gone.gguf")})
+    daemon.ctl("reload")
+    daemon.ctl("load", "tiny")
+    with on_terminal(daemon, *words, COLUMNS="40") as terminal:
+        wait_until(lambda: terminal.process.poll() is not None and terminal.has("ready"))
+        while terminal.has("\0 nothing") or (before := len(terminal.text)) != len(terminal.text) + terminal.has("\0"):
+            assert before
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in terminal.text.splitlines()]
+    table = lines[next(number for number, line in enumerate(lines) if line.startswith("MODEL")) :]
+    assert max(map(len, table if words == ["status"] else lines)) <= 40, lines
+
+
+def test_dumb_terminal_gets_text_alone(daemon: RunningDaemon) -> None:
+    """No colours, and one picture instead of a screen."""
+    daemon.ctl("load", "tiny")
+    for words in (["list"], ["top"], ["doctor"], ["load", "hand"]):
+        with on_terminal(daemon, *words, TERM="dumb") as terminal:
+            wait_until(lambda: terminal.process.poll() is not None)
+            terminal.has("")
+        assert terminal.text
+        assert "\x1b" not in terminal.text
+
+
+def test_pinned_is_seen(daemon: RunningDaemon) -> None:
+    """In each list, and in a model's status."""
+    assert "pinned" not in daemon.ctl("list").stdout
+    daemon.ctl("load", "tiny")
+    daemon.ctl("pin", "tiny")
+    for words in (["list"], ["top"], ["status"]):
+        assert re.search(r"^tiny .*\bpinned\b", daemon.ctl(*words).stdout, re.MULTILINE), words
+    assert re.search(r"^ +pinned: yes", daemon.ctl("status", "tiny").stdout, re.MULTILINE)
 
 
 def test_top_ends_with_the_daemon(daemon: RunningDaemon) -> None:
@@ -302,7 +422,7 @@ def test_bar_is_never_drawn_after_the_end(monkeypatch: pytest.MonkeyPatch) -> No
             return len(text)
 
     class OneModel(Client):
-        def events(self, *parts: str, query: str = "") -> Iterator[dict[str, Any]]:
+        def events(self, *parts: str, query: str = "", last_id: str | None = None) -> Iterator[dict[str, Any]]:
             for share in (0.5, 0.6, 0.7):
                 yield {"data": {"recipe_id": "tiny", "stage": "loading", "message": "", "progress": share}}
 
