@@ -47,7 +47,7 @@ def lasting_lines(client: Client, model: str, *, limit: int, on_loss: Callable[[
     stream = client.events("logs", model, "stream", query=f"limit={limit}")
     while True:
         for event in stream:
-            if event.get("event") == "error":
+            if event.get("event") == "failure":
                 raise AnswerError(503, event["data"])
             seen.append(event["data"]["line"])
             yield event

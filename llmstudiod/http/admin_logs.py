@@ -6,9 +6,9 @@ import time
 
 from aiohttp import web
 
-from llmstudiod.core.errors import MethodNotAllowedError
+from llmstudiod.core.errors import LlmstudioError, MethodNotAllowedError
 from llmstudiod.core.lifecycle import State
-from llmstudiod.http.admin_answers import OLD_WORDS
+from llmstudiod.http.admin_answers import OLD_WORDS, error_answer
 from llmstudiod.http.answers import json_response
 from llmstudiod.http.query import whole_number
 from llmstudiod.http.streams import Streams, Write, event_bytes
@@ -76,13 +76,17 @@ class AdminLogs:
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         """Send the last lines, then every new one, until the reader goes; a slow one loses lines, nobody waits."""
         model, limit = self._model(request), _limit(request)
+        await self._launcher.lines(model, limit=1)  # what keeps it from being read is an answer, not an empty stream
         return await self._streams.answer(request, lambda write: self.tell(model, limit, write))
 
     async def tell(self, model: str, limit: int, write: Write) -> None:
         """Write the last lines, then every new one."""
         async with contextlib.aclosing(self._launcher.follow(model, limit=limit)) as lines:  # type: ignore[type-var]
-            async for line in lines:
-                await write(event_bytes("log", {"session_id": model, "line": line}))
+            try:
+                async for line in lines:
+                    await write(event_bytes("log", {"session_id": model, "line": line}))
+            except LlmstudioError as error:
+                await write(event_bytes("failure", error_answer(error)))
 
     def _model(self, request: web.Request) -> str:
         return self._supervisor.catalogue.resolve(request.match_info["id"])

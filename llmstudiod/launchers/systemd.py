@@ -127,15 +127,22 @@ class SystemdLauncher:
             raise LauncherError(f"cannot stop {name}: {error.message}", hint=hint) from error
 
     async def lines(self, model_id: str, *, limit: int) -> list[str]:
-        """Return the last lines of the unit's journal, of earlier runs too."""
-        return await _journal(f"_SYSTEMD_UNIT={unit_name(model_id)}", limit=limit)
+        """Return the last lines of the unit's journal, of earlier runs too.
+
+        Raises:
+            LauncherError: The journal cannot be read.
+        """
+        code, output = await _run(_journalctl(f"_SYSTEMD_UNIT={unit_name(model_id)}", limit=limit))
+        if code:
+            raise _unreadable(output)
+        return output.splitlines()
 
     async def first_lines(self, unit: Unit, *, limit: int) -> list[str]:
         """Return the first lines of the unit's journal since it was started."""
         lines: list[str] = []
         printed = _printed("journalctl", "-q", "-o", "cat", "--all", *_run_matches(unit))
         # Out of descriptors or time, or a line that is too long: what is there may be enough.
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, LauncherError):
             async with asyncio.timeout(COMMAND_TIMEOUT_S), contextlib.aclosing(printed):
                 async for line in printed:
                     lines.append(cut(line))
@@ -151,10 +158,17 @@ class SystemdLauncher:
         """Return how many lines the journal's follower has brought of a run."""
         return self._journal.count(unit.invocation_id)
 
-    def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
-        """Return the journal's last lines, then new ones as they come, some 200 ms late."""
-        match = f"_SYSTEMD_UNIT={unit_name(model_id)}"
-        return _printed("journalctl", "-q", "-f", "-n", str(limit), "-o", "cat", "--all", match)
+    async def follow(self, model_id: str, *, limit: int) -> AsyncIterator[str]:
+        """Yield the journal's last lines, then new ones as they come, some 200 ms late.
+
+        Raises:
+            LauncherError: The journal cannot be read, or not any more.
+        """
+        printed = _printed(*_journalctl(f"_SYSTEMD_UNIT={unit_name(model_id)}", limit=limit), "--follow")
+        async with contextlib.aclosing(printed):
+            async for line in printed:
+                yield line
+        raise _unreadable("journalctl ended")
 
     async def memory(self, unit: Unit) -> int | None:
         """Return what systemd counts for the unit; where the machine has no memory controller, what /proc tells."""
@@ -193,15 +207,26 @@ class SystemdLauncher:
 
 
 async def _printed(*argv: str) -> AsyncGenerator[str]:
-    """Yield the lines that a command prints, until it or whoever reads has enough."""
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        limit=1 << 20,
-    )  # fmt: skip
+    """Yield the lines that journalctl prints, until it or whoever reads has enough.
+
+    Raises:
+        LauncherError: It cannot be run, or fails.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            limit=1 << 20,
+        )  # fmt: skip
+    except OSError as error:
+        raise _unreadable(f"cannot run {argv[0]}: {error.strerror}") from error
     assert process.stdout is not None
+    assert process.stderr is not None
     try:
         while line := await process.stdout.readline():
             yield line.decode(errors="replace").rstrip("\n")
+        told = (await process.stderr.read()).decode(errors="replace")
+        if await process.wait():
+            raise _unreadable(told)
     finally:
         if process.returncode is None:
             process.kill()
@@ -209,23 +234,24 @@ async def _printed(*argv: str) -> AsyncGenerator[str]:
 
 
 async def _run(argv: Sequence[str]) -> tuple[int, str]:
-    """Run a command of systemd's; return its exit code and what it printed."""
+    """Run a command of systemd's; return its exit code and its output, or what it says of its failure."""
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+            stderr=asyncio.subprocess.PIPE,
         )
     except OSError as error:  # out of descriptors, processes or memory
         return 125, f"cannot run {argv[0]}: {error.strerror}"
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), COMMAND_TIMEOUT_S)
+        output, errors = await asyncio.wait_for(process.communicate(), COMMAND_TIMEOUT_S)
     except TimeoutError:
         process.kill()
         await process.wait()
         return 124, f"{argv[0]} did not answer within {COMMAND_TIMEOUT_S:.0f} s"
-    return process.returncode or 0, output.decode(errors="replace")
+    code = process.returncode or 0
+    return code, (errors or output if code else output).decode(errors="replace")
 
 
 def _found(block: str) -> FoundUnit | None:
@@ -287,9 +313,21 @@ def _properties(block: str) -> dict[str, str]:
     return shown
 
 
+def _journalctl(*matches: str, limit: int) -> list[str]:
+    return ["journalctl", "-q", "-o", "cat", "--all", "-n", str(limit), *matches]
+
+
 async def _journal(*matches: str, limit: int) -> list[str]:
-    _, output = await _run(["journalctl", "-q", "-o", "cat", "--all", "-n", str(limit), *matches])
-    return output.splitlines()
+    """Return the last lines; none where the journal cannot be read, for it only explains what is known already."""
+    code, output = await _run(_journalctl(*matches, limit=limit))
+    return [] if code else output.splitlines()
+
+
+def _unreadable(told: str) -> LauncherError:
+    """Return the error that says why the journal cannot be read; journalctl's own words are no lines of a log."""
+    lines = told.strip().splitlines() or ["journalctl failed"]
+    hint = "llmstudiod.service needs `SupplementaryGroups=systemd-journal`" if "permission" in lines[0] else None
+    return LauncherError(f"the journal cannot be read: {lines[0]}", hint=hint)
 
 
 async def _run_journal(unit: Unit, *, limit: int) -> list[str]:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from llmstudiod.core.errors import LauncherError
 from llmstudiod.launchers.journal import MAX_ENDED, MAX_KNOWN, MAX_RUNS, Journal, message
 from llmstudiod.launchers.log_buffer import MAX_BYTES, MAX_LINE_CHARS, MAX_LINES
+from llmstudiod.launchers.privileged import PrivilegedClient
+from llmstudiod.launchers.systemd import SystemdLauncher
 
 UNIT = "llmstudio-model-a.service"
 # Stands in for journalctl: prints what a file holds line by line, then ends or waits, as the file's name says.
@@ -173,3 +176,51 @@ def test_messages() -> None:
         "",
         "\n"[:0],
     ]
+
+
+# One model's log, by the launcher
+
+DENIED = "No journal files were opened due to insufficient permissions."
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A journalctl that is found first; what it does is written there."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path / "journalctl"
+
+
+def say(program: Path, script: str) -> SystemdLauncher:
+    """Let journalctl do this, and return a launcher that asks it."""
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return SystemdLauncher(PrivilegedClient("/nowhere"))
+
+
+async def test_what_journalctl_says_of_itself_is_no_line(on_path: Path) -> None:
+    """A warning beside the lines is not among them, and one instead of them is an error with the next step."""
+    assert await say(on_path, "echo noise >&2; echo one").lines("a", limit=5) == ["one"]
+    with pytest.raises(LauncherError, match="the journal cannot be read: No journal files") as refused:
+        await say(on_path, f"echo '{DENIED}' >&2; exit 1").lines("a", limit=5)
+    assert "SupplementaryGroups=systemd-journal" in str(refused.value.hint)
+
+
+async def test_follower_tells_why_it_ended(on_path: Path) -> None:
+    """It goes on for as long as journalctl does, so its end is a failure."""
+    denied = say(on_path, f"echo one; echo '{DENIED}' >&2; exit 1").follow("a", limit=5)
+    assert await anext(denied) == "one"
+    with pytest.raises(LauncherError, match=DENIED):
+        await anext(denied)
+    ended = say(on_path, "exit 0").follow("a", limit=5)
+    with pytest.raises(LauncherError, match="journalctl ended"):
+        await anext(ended)
+
+
+async def test_journalctl_that_is_gone_is_told(on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For lines and for the follower alike."""
+    launcher = SystemdLauncher(PrivilegedClient("/nowhere"))
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    with pytest.raises(LauncherError, match="cannot run journalctl"):
+        await launcher.lines("a", limit=5)
+    with pytest.raises(LauncherError, match="cannot run journalctl"):
+        await anext(launcher.follow("a", limit=5))
