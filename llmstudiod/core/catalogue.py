@@ -29,6 +29,11 @@ class Catalogue:
         """Return the ids, or files, of the recipes that were left out."""
         return frozenset(fault.recipe_id or fault.file for fault in self.faults if fault.severity is Severity.FAULT)
 
+    def broken_file(self, name: str) -> str | None:
+        """Return the file of a recipe that was left out, by the recipe's id or the file's name."""
+        faults = (fault for fault in self.faults if fault.severity is Severity.FAULT and fault.file)
+        return next((each.file for each in faults if name in {each.recipe_id, each.file.rpartition("/")[2]}), None)
+
     def resolve(self, name: str | None) -> str:
         """Return the id for the name in a request; None means that the request names no model.
 

@@ -47,6 +47,11 @@ class AnswerError(LlmstudioError):
         super().__init__(str(answer.get("detail") or f"the daemon answered {status}"), hint=answer.get("hint"))
         self.answer = answer
         self.answer_kind = str(answer.get("kind") or "internal")
+        self._status = status
+
+    def with_hint(self, hint: str) -> "AnswerError":
+        """Return it with another next step, which is known here."""
+        return AnswerError(self._status, {**self.answer, "hint": hint})
 
 
 class _UnixConnection(http.client.HTTPConnection):

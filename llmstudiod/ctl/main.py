@@ -25,7 +25,8 @@ Command = Callable[[Client, argparse.Namespace], int]
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     # Both options may stand before or after the command; a default in either place would undo the other.
-    arguments = _parser().parse_args(argv, argparse.Namespace(json=False, socket=None))
+    words = _with_end_of_options(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words, argparse.Namespace(json=False, socket=None))
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -33,6 +34,26 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has seen enough
         return 0
+
+
+def _with_end_of_options(words: list[str]) -> list[str]:
+    """Return the words with a ``--`` before the command that from-command takes: its options are not ours.
+
+    >>> _with_end_of_options(["recipe", "from-command", "--save", "-m", "a.gguf"])
+    ['recipe', 'from-command', '--save', '--', '-m', 'a.gguf']
+    """
+    if "from-command" not in words or "recipe" not in words[: words.index("from-command")]:
+        return words
+    place = words.index("from-command") + 1
+    while place < len(words):
+        word = words[place]
+        if word in {"--id", "--socket"}:
+            place += 2
+        elif word in {"--save", "--json", "-h", "--help"} or word.startswith(("--id=", "--socket=")):
+            place += 1
+        else:
+            break
+    return [*words[:place], *(["--"] if place < len(words) and words[place] != "--" else []), *words[place:]]
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -44,7 +65,10 @@ def _run(arguments: argparse.Namespace) -> int:
         return EXIT_CODES.get(error.answer_kind, 1)
     except LlmstudioError as error:
         _complain(
-            arguments, {"detail": error.message, "kind": error.kind, "hint": error.hint}, error.message, error.hint
+            arguments,
+            {"detail": error.message, "kind": error.kind, "hint": error.hint, **error.details},
+            error.message,
+            error.hint,
         )
         return error.exit_code
 
@@ -149,11 +173,13 @@ def _add_recipe_commands(recipe: argparse.ArgumentParser, common: argparse.Argum
     new.add_argument("--id", metavar="ID", help="its id (default: made of the file's name)")
     new.add_argument("--set", action="append", metavar="NAME=VALUE", help="a field of the recipe")
     new.add_argument("--edit", action="store_true", help="open it in an editor first")
+    new.add_argument("--force", action="store_true", help="store it even if the file is not there or damaged")
     add("edit", recipes.edit, "open a recipe in an editor").add_argument("model")
     add("show", recipes.show, "print a recipe's file").add_argument("model")
     add("delete", recipes.delete, "remove a recipe; the model's file stays").add_argument("model")
     made = add("from-command", recipes.from_command, "make a recipe of a llama-server command")
     made.add_argument("--save", action="store_true", help="store it (default: print it)")
+    made.add_argument("--id", metavar="ID", help="its id (default: made of the model's name)")
     made.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="WORD", help="the command with its options (default: standard input)"
     )

@@ -4,22 +4,15 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from llmstudiod.core.errors import BadRequestError, LlmstudioError
+from llmstudiod.core.errors import BadRequestError, ConfigError, ConflictError
 from llmstudiod.ctl.client import AnswerError, Client
+from llmstudiod.ctl.editing import edit_recipe, tell_faults, write_in_place
 
-EDITORS = ("VISUAL", "EDITOR")
-
-
-class EditorError(LlmstudioError):
-    """No editor can be run, or it failed."""
-
-    exit_code = 1
+_FILES = frozenset({"model_path", "draft_model", "mmproj", "chat_template_file"})
 
 
 def new(client: Client, arguments: argparse.Namespace) -> int:
@@ -30,25 +23,33 @@ def new(client: Client, arguments: argparse.Namespace) -> int:
     values: dict[str, Any] = {"id": model, "model_path": path} | given | {"id": model}
     _refuse_existing(client, str(values["id"]))
     checked = client.post("recipes", "check", body=values)
-    text = checked["yaml"] or json.dumps(values)
     if arguments.edit:
+        text = checked["yaml"] or json.dumps(values)
         return _edit(client, str(values["id"]), text, is_new=True, as_json=arguments.json)
+    _refuse_faults(checked)
+    if not arguments.force and (error := checked["error"]) and error.get("failure"):
+        raise ConfigError(error["detail"], hint="--force stores the recipe all the same, for a file that is to come")
     return _saved(client.post("recipes", body=values), checked, as_json=arguments.json)
 
 
 def edit(client: Client, arguments: argparse.Namespace) -> int:
     """Open a recipe in the editor, and store what was made of it once it is good."""
-    recipe = client.get("recipes", arguments.model)
-    model, file = recipe["id"], recipe["file"]
-    own = Path(file) if file and os.access(file, os.W_OK) else None  # whoever may write it keeps its other recipes
-    text = own.read_text("utf-8") if own else client.text("recipes", model, "file")
-    return _edit(client, model, text, is_new=False, as_json=arguments.json, own=own)
+    model, file, is_faulty = _found(client, arguments.model)
+    if file is not None and os.access(file, os.W_OK):  # whoever may write it keeps its other recipes
+        return _edit(client, model, Path(file).read_text("utf-8"), as_json=arguments.json, own=Path(file))
+    text = client.text("recipes", model, "file")
+    if file is not None and not is_faulty:
+        # What the daemon would answer to a change is told before somebody has made one: the text is put as it is.
+        client.post_text("recipes", model, text=text, is_put=True)
+    return _edit(client, model, text, as_json=arguments.json)
 
 
 def show(client: Client, arguments: argparse.Namespace) -> int:
-    """Print a recipe's file, or all that holds of it as JSON."""
+    """Print a recipe's file, or what it says as JSON, with its state."""
     if arguments.json:
-        print(json.dumps(client.get("recipes", arguments.model), ensure_ascii=False, indent=2))
+        recipe = client.get("recipes", arguments.model)
+        added = {*recipe["old"], "old"}
+        print(json.dumps({name: recipe[name] for name in recipe if name not in added}, ensure_ascii=False, indent=2))
         return 0
     sys.stdout.write(client.text("recipes", arguments.model, "file"))
     return 0
@@ -56,7 +57,15 @@ def show(client: Client, arguments: argparse.Namespace) -> int:
 
 def delete(client: Client, arguments: argparse.Namespace) -> int:
     """Remove a recipe; the model's file stays."""
-    answer = client.delete("recipes", arguments.model)
+    try:
+        answer = client.delete("recipes", arguments.model)
+    except AnswerError as error:
+        if error.answer_kind == "access_denied":
+            _, file, _ = _found(client, arguments.model)
+            raise error.with_hint(
+                f"`sudo rm {shlex.quote(str(file))}` removes it, with whatever else it holds"
+            ) from None
+        raise
     print(json.dumps(answer) if arguments.json else f"the recipe of '{arguments.model}' is removed")
     return 0
 
@@ -64,81 +73,89 @@ def delete(client: Client, arguments: argparse.Namespace) -> int:
 def from_command(client: Client, arguments: argparse.Namespace) -> int:
     """Print the recipe that does what a llama-server command does, or store it."""
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
-    command = shlex.join(words) if len(words) > 1 else words[0] if words else sys.stdin.read()
+    if not words and sys.stdin.isatty():
+        print("paste the command, then press Ctrl-D", file=sys.stderr)
+    command = words[0] if len(words) == 1 else shlex.join(words) if words else sys.stdin.read()
+    if not command.strip():
+        hint = "give it behind from-command, or on the standard input"
+        raise BadRequestError("expected a llama-server command, found nothing", hint=hint)
     made = client.post("recipes", "from-command", body={"command": command})
+    made["recipe"] = {name: _absolute_field(name, value) for name, value in made["recipe"].items()}
+    if arguments.id:
+        made["recipe"]["id"] = arguments.id
+    checked = client.post("recipes", "check", body=made["recipe"])
+    made["yaml"] = checked["yaml"] or made["yaml"]
     for note in made["notes"]:
         print(f"note: {note}", file=sys.stderr)
     if arguments.save:
-        _refuse_existing(client, made["recipe"]["id"])
-        return _saved(client.post("recipes", body=made["recipe"]), made, as_json=arguments.json)
+        return _save_made(client, made["recipe"], checked, as_json=arguments.json)
     sys.stdout.write(json.dumps(made, ensure_ascii=False, indent=2) + "\n" if arguments.json else made["yaml"])
     return 0
 
 
-def _edit(client: Client, model: str, text: str, *, is_new: bool, as_json: bool, own: Path | None = None) -> int:
-    with tempfile.NamedTemporaryFile("w+", suffix=f".{model}.yaml", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        while True:
-            _run_editor(file.name)
-            changed = Path(file.name).read_text("utf-8")
-            if changed == text and not is_new:
-                print("nothing was changed", file=sys.stderr)
-                return 0
-            checked = client.post_text("recipes", "check", text=changed, query="trusted=true" if own else "")
-            for fault in checked["faults"]:
-                place = f"line {fault['line']}: " if fault["line"] else ""
-                word = "warning: " if fault["severity"] == "warning" else ""
-                key = f"{fault['key']}: " if fault["key"] else ""
-                print(f"{place}{word}{key}{fault['message']}", file=sys.stderr)
-            if checked["ok"] and own is not None:
-                _write_in_place(own, changed)
-                client.post("reload")
-                print(json.dumps({"success": True, "id": model}) if as_json else f"{own} is written, and in force")
-                return 0
-            if checked["ok"]:
-                ways = ("recipes",) if is_new else ("recipes", model)
-                return _saved(client.post_text(*ways, text=changed, is_put=not is_new), checked, as_json=as_json)
-            if not sys.stdin.isatty() or input("edit again? [Y/n] ").strip().lower() in {"n", "no"}:
-                print("the recipe was not stored", file=sys.stderr)
-                return 3
-
-
-def _write_in_place(file: Path, text: str) -> None:
-    """Replace a file at once, with its owner and mode."""
-    there = file.stat()
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+def _save_made(client: Client, recipe: dict[str, Any], checked: dict[str, Any], *, as_json: bool) -> int:
+    """Store a recipe that was made of a command; what only root's own files may say, root is told how to."""
+    _refuse_existing(client, recipe["id"])
     try:
-        fresh.write_text(text, "utf-8")
-        fresh.chmod(there.st_mode & 0o7777)
-        os.chown(fresh, there.st_uid, there.st_gid)
-        fresh.replace(file)
-    finally:
-        fresh.unlink(missing_ok=True)
+        _refuse_faults(checked)
+        return _saved(client.post("recipes", body=recipe), checked, as_json=as_json)
+    except AnswerError as error:
+        if error.answer_kind != "access_denied":
+            raise
+        told: Exception = error
+    except ConfigError as error:
+        told = error
+    directory = client.get("config")["settings"]["recipes_dir"]
+    file = PurePath(directory, f"{recipe['id']}.yaml")
+    hint = f"without --save it is printed: `… recipe from-command … | sudo tee {file}`"
+    raise ConfigError(str(told), hint=hint, details={"faults": checked["faults"]}) from told
 
 
-def _run_editor(path: str) -> None:
-    chosen = next((os.environ[name] for name in EDITORS if os.environ.get(name)), None)
-    words = shlex.split(chosen) if chosen else ["sensible-editor"]
-    for argv in ([*words, path], ["nano", path], ["vi", path]):
-        try:
-            code = subprocess.run(argv, check=False).returncode
-        except FileNotFoundError:
-            if chosen:
-                raise EditorError(f"the editor '{chosen}' cannot be found", hint="set VISUAL or EDITOR") from None
-            continue
-        if code:
-            raise EditorError(f"the editor ended with {code}: nothing was stored")
-        return
-    raise EditorError("there is no editor", hint="set VISUAL or EDITOR")
+def _edit(
+    client: Client, model: str, text: str, *, as_json: bool, is_new: bool = False, own: Path | None = None
+) -> int:
+    def store(changed: str, checked: dict[str, Any]) -> None:
+        if own is None:
+            ways = ("recipes",) if is_new else ("recipes", model)
+            _saved(client.post_text(*ways, text=changed, is_put=not is_new), checked, as_json=as_json)
+            return
+        write_in_place(own, changed)
+        client.post("reload")
+        _tell_check(checked)
+        print(json.dumps({"success": True, "id": model}) if as_json else f"{own} is written, and in force")
+
+    return edit_recipe(client, model, text, store, may_stay=not is_new, is_trusted=own is not None, as_json=as_json)
+
+
+def _found(client: Client, name: str) -> tuple[str, str | None, bool]:
+    """Return the id of a recipe, its file, and whether it was left out for its faults."""
+    try:
+        recipe = client.get("recipes", name)
+    except AnswerError as error:
+        if error.answer_kind != "model_not_found":
+            raise
+        for fault in client.get("status")["faults"]:
+            if fault["file"] and name in {fault["recipe_id"], PurePath(fault["file"]).name}:
+                return fault["recipe_id"] or name, fault["file"], True
+        raise
+    return recipe["id"], recipe["file"], False
+
+
+def _refuse_faults(checked: dict[str, Any]) -> None:
+    """Tell warnings and faults, and raise where there is a fault."""
+    faults = [fault for fault in checked["faults"] if fault["severity"] == "fault"]
+    tell_faults([{**fault, "line": None} for fault in checked["faults"]])  # nobody has seen a text with these lines
+    if faults:
+        raise ConfigError("the recipe was not stored", details={"faults": faults})
+
+
+def _tell_check(checked: dict[str, Any]) -> None:
+    if error := checked.get("error"):
+        print(f"warning: it cannot be loaded now: {error['detail']}", file=sys.stderr)
 
 
 def _saved(answer: dict[str, Any], checked: dict[str, Any], *, as_json: bool) -> int:
-    for fault in checked.get("faults", ()):
-        if fault["severity"] == "warning":
-            print(f"warning: {fault['message']}", file=sys.stderr)
-    if error := checked.get("error"):
-        print(f"warning: it cannot be loaded now: {error['detail']}", file=sys.stderr)
+    _tell_check(checked)
     text = f"the recipe of '{answer['id']}' is stored; `llmstudioctl load {answer['id']}` loads it"
     print(json.dumps(answer) if as_json else text)
     return 0
@@ -153,7 +170,7 @@ def _refuse_existing(client: Client, model: str) -> None:
         raise
     if found["file"] is not None:
         hint = f"`llmstudioctl recipe edit {model}` changes it; --id gives another name"
-        raise EditorError(f"there is a recipe '{model}' already", hint=hint)
+        raise ConflictError(f"there is a recipe '{model}' already", hint=hint)
 
 
 def _id_of(client: Client, path: str) -> str:
@@ -165,6 +182,10 @@ def _id_of(client: Client, path: str) -> str:
 
 def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def _absolute_field(name: str, value: Any) -> Any:  # noqa: ANN401 - a value of JSON
+    return _absolute(value) if name in _FILES and isinstance(value, str) else value
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -95,28 +95,18 @@ class AdminRecipes:
         return json_response({"success": True, "id": recipe.id})
 
     async def _delete(self, request: web.Request) -> web.Response:
-        model = self._exact(request)
-        entry = self._supervisor.catalogue.entries[model]
-        if entry.file is None:
-            message = f"'{model}' has no recipe: it is served because '{entry.recipe.model_path}' is there"
+        """Remove a recipe by its id; other names are for reading and for using it."""
+        name = request.match_info["id"]
+        file, entry = self._place(name)
+        if entry is not None and entry.recipe.id != name:
+            hint = f"it is a name of '{entry.recipe.id}'"
+            raise ModelNotFoundError(f"there is no recipe with the id '{name[:200]}'", hint=hint)
+        if file is None and entry is not None:
+            message = f"'{name}' has no recipe: it is served because '{entry.recipe.model_path}' is there"
             raise ConflictError(message, hint="remove the file, or set auto_recipes: false in the settings")
-        await self._writer.delete(PurePath(entry.file).name)
+        await self._writer.delete(PurePath(file or "").name)
         await self._reload()
         return json_response({"success": True})
-
-    def _exact(self, request: web.Request) -> str:
-        """Return the id of the path, by which a recipe is removed; other names are for reading and for using it.
-
-        Raises:
-            ModelNotFoundError: No recipe has it as its id.
-        """
-        name, catalogue = request.match_info["id"], self._supervisor.catalogue
-        model = catalogue.resolve(name)
-        if model != name:
-            raise ModelNotFoundError(
-                f"there is no recipe with the id '{name[:200]}'", hint=f"it is a name of '{model}'"
-            )
-        return model
 
     async def _check(self, request: web.Request) -> web.Response:
         """Say what is wrong with a recipe that is not stored, and what would become of it. Changes nothing."""
@@ -132,6 +122,8 @@ class AdminRecipes:
                 faults += await asyncio.to_thread(self._refused, entry.recipe)
             answer["recipe"] = entry.recipe.as_dict()
             answer |= await self._judged(entry)
+        elif loaded.entries:
+            faults.append(Fault(f"holds {len(loaded.entries)} recipes; only root edits such a file"))
         answer["faults"] = [fault_answer(fault) for fault in faults]
         answer["ok"] = entry is not None and all(fault.severity is not Severity.FAULT for fault in faults)
         return json_response(answer)
@@ -147,12 +139,11 @@ class AdminRecipes:
 
     async def _file(self, request: web.Request) -> web.Response:
         """Answer the text of a recipe's file, comments and all; for a GGUF without one, that which it could have."""
-        model = self._supervisor.catalogue.resolve(request.match_info["id"])
-        entry = self._supervisor.catalogue.entries[model]
-        if entry.file is None:
+        file, entry = self._place(request.match_info["id"])
+        if file is None and entry is not None:
             text = yaml_text(entry.recipe.as_dict())
         else:
-            text = await asyncio.to_thread(_text_of_file, entry.file)
+            text = await asyncio.to_thread(_text_of_file, file or "")
         return web.Response(text=text, content_type="application/yaml", headers={"Server": "llmstudiod"})
 
     async def _judged(self, entry: RecipeEntry) -> dict[str, Any]:
@@ -171,10 +162,23 @@ class AdminRecipes:
         directories = self._settings().model_dirs
         return [*strict.refused_over_http(recipe), *strict.files_outside(recipe, directories, os.path.realpath)]
 
+    def _place(self, name: str) -> tuple[str | None, RecipeEntry | None]:
+        """Return the file of a recipe, and the recipe; None for one that is left out for its faults."""
+        catalogue = self._supervisor.catalogue
+        try:
+            entry = catalogue.entries[catalogue.resolve(name)]
+        except ModelNotFoundError:
+            if (file := catalogue.broken_file(name)) is None:
+                raise
+            return file, None
+        return entry.file, entry
+
     def _file_of(self, model: str) -> str:
         """Return the name of the file that holds a recipe, or will."""
-        entry = self._supervisor.catalogue.entries.get(model)
-        return PurePath(entry.file).name if entry and entry.file else f"{model}.yaml"
+        catalogue = self._supervisor.catalogue
+        entry = catalogue.entries.get(model)
+        file = entry.file if entry else catalogue.broken_file(model)
+        return PurePath(file).name if file else f"{model}.yaml"
 
     async def _read(self, request: web.Request, *, model: str | None) -> tuple[str, Recipe]:
         """Return the text to be stored and the one recipe that it holds.
@@ -188,7 +192,8 @@ class AdminRecipes:
         if len(loaded.entries) == 1:  # the launcher judges it again, but can tell no more than that it may not be
             faults += await asyncio.to_thread(self._refused, loaded.entries[0].recipe)
         if faults or len(loaded.entries) != 1:
-            told = "; ".join(map(str, faults[:3])) or f"expected one recipe, found {len(loaded.entries)}"
+            told = "; ".join(_told(fault, request) for fault in faults[:3])
+            told = told or f"expected one recipe, found {len(loaded.entries)}"
             hint = next((fault.hint for fault in faults if fault.hint), None)
             details = {"faults": [fault_answer(fault) for fault in faults]}
             raise ConfigError(f"the recipe is faulty: {told}", hint=hint, details=details)
@@ -214,6 +219,12 @@ class AdminRecipes:
         values = json_object(body, hint=_AS_YAML)
         meant = self._as_meant(values, model)
         return _text_of(meant, model).encode(), f"{model or values.get('id') or 'recipe'}.yaml"
+
+
+def _told(fault: Fault, request: web.Request) -> str:
+    """Return a fault in a sentence; the lines of what came as JSON are our own, which nobody has seen."""
+    line = f"line {fault.line}: " if fault.line and request.content_type in YAML_KINDS else ""
+    return f"{line}{replace(fault, line=None)}"
 
 
 def _text_of(values: dict[str, Any], model: str | None) -> str:

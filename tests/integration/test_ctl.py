@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from llmstudiod.adapters.recipe_writer import MARK
+from llmstudiod.core.strict import digest
 from llmstudiod.ctl.client import Client
 from llmstudiod.ctl.progress import bar_line, load_progress
 from llmstudiod.demo.tiny_gguf import write_tiny_gguf
@@ -85,6 +88,19 @@ def editor(tmp_path: Path, script: str) -> dict[str, str]:
     return {**os.environ, "EDITOR": str(path), "VISUAL": ""}
 
 
+@contextmanager
+def unwritable(file: Path) -> Iterator[bool]:
+    """Make a file such that root cannot write it either, where the file system can do that."""
+    is_possible = (
+        shutil.which("chattr") is not None and not subprocess.run(["chattr", "+i", file], check=False).returncode
+    )
+    try:
+        yield is_possible
+    finally:
+        if is_possible:
+            subprocess.run(["chattr", "-i", file], check=True)
+
+
 def ctl(
     daemon: RunningDaemon, *words: str, env: dict[str, str] | None = None, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
@@ -107,8 +123,9 @@ def test_recipe_is_made_shown_and_deleted(daemon: RunningDaemon) -> None:
     as_json = json.loads(daemon.ctl("recipe", "show", "short", "--json").stdout)
     assert (as_json["name"], as_json["max_model_len"], as_json["model_path"]) == ("Short", 256, str(gguf))
     again = daemon.ctl("recipe", "new", str(gguf), "--id", "short")
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "there is a recipe 'short' already" in again.stderr
+    assert json.loads(daemon.ctl("recipe", "new", str(gguf), "--id", "short", "--json").stdout)["kind"] == "conflict"
     assert "recipe edit short" in again.stderr
     assert daemon.ctl("recipe", "delete", "short").stdout == "the recipe of 'short' is removed\n"
     assert daemon.ctl("recipe", "show", "short").returncode == 4
@@ -139,12 +156,41 @@ def test_bad_recipe_is_told_and_not_stored(daemon: RunningDaemon, words: list[st
     assert sorted(path.name for path in (daemon.home / "recipes.d").rglob("*") if path.is_file()) == ["hand.yaml"]
 
 
-def test_path_that_is_no_gguf_is_told(daemon: RunningDaemon) -> None:
-    """A recipe may be there before its file; but it is said."""
-    done = daemon.ctl("recipe", "new", str(daemon.home / "models" / "gone.gguf"))
+def test_path_that_is_no_gguf_is_refused(daemon: RunningDaemon) -> None:
+    """A recipe may be there before its file, where that is meant; and it is said."""
+    (daemon.home / "models" / "damaged.gguf").write_bytes(b"GGUF" + bytes(20))
+    for name in ("gone.gguf", "damaged.gguf"):
+        refused = daemon.ctl("recipe", "new", str(daemon.home / "models" / name), "--id", "new")
+        assert (refused.returncode, refused.stdout) == (3, "")
+        assert name in refused.stderr
+        assert "hint: --force" in refused.stderr
+        done = daemon.ctl("recipe", "new", "--force", str(daemon.home / "models" / name), "--id", name.split(".")[0])
+        assert done.returncode == 0
+        assert done.stderr.startswith("warning: it cannot be loaded now: ")
+        assert name in done.stderr
+
+
+def test_field_that_is_not_there_is_named(daemon: RunningDaemon) -> None:
+    """With the one that was meant."""
+    gguf = str(daemon.home / "models" / "other.gguf")
+    done = daemon.ctl("recipe", "new", gguf, "--id", "new", "--set", "n_gpu_layer=3")
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: it cannot be loaded now: ")
-    assert "gone.gguf" in done.stderr
+    assert (
+        done.stderr
+        == "warning: n_gpu_layer: there is no such field, it has no effect\n    hint: did you mean n_gpu_layers?\n"
+    )
+    faulty = daemon.ctl("recipe", "new", gguf, "--id", "bad", "--set", "max_model_len=-1", "--json")
+    assert faulty.returncode == 3
+    assert json.loads(faulty.stdout)["faults"][0]["key"] == "max_model_len"
+    assert "max_model_len: expected a whole number" in faulty.stderr
+    assert "line " not in faulty.stderr
+
+
+def test_shown_recipe_says_what_the_recipe_says(daemon: RunningDaemon) -> None:
+    """What old clients find in every recipe is not in it."""
+    shown = json.loads(daemon.ctl("recipe", "show", "hand", "--json").stdout)
+    assert shown.keys().isdisjoint({"old", "python_path", "host", "tool_call_parser"})
+    assert (shown["id"], shown["max_model_len"]) == ("hand", 512)
 
 
 def test_edit_keeps_what_people_wrote(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -180,6 +226,98 @@ def test_edit_that_changes_nothing_stores_nothing(daemon: RunningDaemon, tmp_pat
     assert "hint: set VISUAL or EDITOR" in missing.stderr
 
 
+@pytest.mark.parametrize("answer", ["n\n", "\x04"])
+def test_what_was_written_is_kept(daemon: RunningDaemon, tmp_path: Path, answer: str) -> None:
+    """A recipe that has faults and is not edited again: the text is in a file that is named."""
+    script = editor(tmp_path, "sed -i 's/512/many/' $1")
+    with on_terminal(daemon, "recipe", "edit", "hand", EDITOR=script["EDITOR"], VISUAL="") as terminal:
+        wait_until(lambda: terminal.has("edit again? [Y/n] "))
+        os.write(terminal.descriptor, answer.encode())
+        wait_until(lambda: terminal.process.poll() is not None)
+        terminal.has("")
+    assert terminal.process.returncode == 3
+    assert "Traceback" not in terminal.text
+    kept = Path(re.search(r"what you wrote is kept in (\S+)", terminal.text)[1])  # type: ignore[index]
+    assert "max_model_len: many" in kept.read_text()
+    kept.unlink()
+
+
+def test_faults_of_an_edit_as_json(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """And that nothing was changed."""
+    done = ctl(daemon, "recipe", "edit", "hand", "--json", env=editor(tmp_path, "sed -i 's/512/many/' $1"))
+    assert (done.returncode, json.loads(done.stdout)["faults"][0]["line"]) == (3, 4)
+    Path(re.search(r"kept in (\S+)", done.stderr)[1]).unlink()  # type: ignore[index]
+    same = ctl(daemon, "recipe", "edit", "hand", "--json", env=editor(tmp_path, "true"))
+    assert json.loads(same.stdout) == {"success": True, "id": "hand", "changed": False}
+
+
+def test_edit_says_what_will_not_load(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """It is in force all the same: the file may come."""
+    done = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, "sed -i s/other.gguf/gone.gguf/ $1"))
+    assert done.returncode == 0
+    assert "is written, and in force" in done.stdout
+    assert done.stderr.startswith("warning: it cannot be loaded now: ")
+
+
+def test_faulty_recipe_is_shown_and_mended(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """By its id, or by its file."""
+    broken = daemon.home / "recipes.d" / "broken.yaml"
+    broken.write_text(
+        BY_HAND.format(path=daemon.home / "models" / "other.gguf").replace("512", "many").replace("hand", "odd")
+    )
+    daemon.ctl("reload")
+    for name in ("odd", "broken.yaml"):
+        assert daemon.ctl("recipe", "show", name).stdout == broken.read_text()
+    refused = daemon.ctl("recipe", "delete", "odd")
+    assert (refused.returncode, f"hint: `sudo rm {broken}`" in refused.stderr) == (5, True)
+    done = ctl(daemon, "recipe", "edit", "odd", env=editor(tmp_path, "sed -i s/many/256/ $1"))
+    assert done.returncode == 0, done.stderr
+    assert daemon.state("odd") == "stopped"
+
+
+def test_faulty_recipe_of_ours_is_mended_and_deleted(daemon: RunningDaemon) -> None:
+    """Where the daemon wrote the file, whatever its name: a change goes into the same one."""
+    text = BY_HAND.format(path=daemon.home / "models" / "other.gguf").replace("hand", "odd")
+    body = text.replace("512", "many")
+    file = daemon.home / "recipes.d" / "another.yaml"
+    for _ in range(2):
+        file.write_text(f"{MARK}{digest(body.encode())}\n{body}")
+        daemon.ctl("reload")
+        assert daemon.ctl("recipe", "show", "odd").stdout == body
+        daemon.admin.post_text("recipes", "odd", text=text, is_put=True)
+        assert daemon.state("odd") == "stopped"
+        assert sorted(path.name for path in file.parent.iterdir()) == ["another.yaml", "hand.yaml"]
+        assert daemon.ctl("recipe", "delete", "odd").returncode == 0
+        assert not file.exists()
+
+
+def test_edit_is_refused_before_it_begins(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Whoever may not write the file by hand, and cannot have it written, does not edit in vain."""
+    file = daemon.home / "recipes.d" / "hand.yaml"
+    env = editor(tmp_path, f"touch {tmp_path}/was-opened")
+    # Root may write any file, so what an ordinary user sees is tried with a file that nobody may.
+    again = file.read_text()
+    with unwritable(file) as is_possible:
+        if not is_possible:
+            pytest.skip("chattr +i is not possible here")
+        done = ctl(daemon, "recipe", "edit", "hand", env=env)
+    assert done.returncode == 5
+    assert "was written by hand" in done.stderr
+    assert not (tmp_path / "was-opened").exists()
+    assert file.read_text() == again
+
+
+def test_several_recipes_in_a_text_are_told(daemon: RunningDaemon) -> None:
+    """A check that is not good says why."""
+    path = daemon.home / "models" / "other.gguf"
+    text = f"- {{id: a, model_path: {path}}}\n- {{id: b, model_path: {path}}}\n"
+    checked = daemon.admin.post_text("recipes", "check", text=text)
+    assert (checked["ok"], [fault["message"] for fault in checked["faults"]]) == (
+        False,
+        ["holds 2 recipes; only root edits such a file"],
+    )
+
+
 def test_edit_of_a_stored_recipe(daemon: RunningDaemon, tmp_path: Path) -> None:
     """What came over HTTP is changed the same way."""
     daemon.ctl("recipe", "new", str(daemon.home / "models" / "other.gguf"), "--id", "short")
@@ -203,6 +341,36 @@ def test_command_becomes_a_recipe(daemon: RunningDaemon) -> None:
     )
     assert saved.returncode == 0, saved.stderr
     assert daemon.admin.get("recipes", "mine")["id"] == "tiny"
+
+
+def test_command_of_options_alone_becomes_a_recipe(daemon: RunningDaemon) -> None:
+    """Its file is meant from here, and it may be called otherwise."""
+    argv = [sys.executable, "-m", "llmstudiod.ctl.main", "--socket", daemon.admin.socket_path, "recipe", "from-command"]
+    words = ["--id", "mine", "-m", "tiny.gguf", "-c", "512"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*argv, *words], cwd=daemon.home / "models", env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"id: mine\nmodel_path: {daemon.home / 'models' / 'tiny.gguf'}\n" in done.stdout
+
+
+def test_command_that_cannot_be_saved_says_how_it_can(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """What may not come over HTTP is printed, and root puts it where recipes are."""
+    write_tiny_gguf(tmp_path / "elsewhere.gguf")
+    done = daemon.ctl("recipe", "from-command", "--save", "-m", str(tmp_path / "elsewhere.gguf"))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert f"| sudo tee {daemon.home / 'recipes.d' / 'elsewhere.yaml'}`" in done.stderr
+    daemon.ctl("recipe", "new", str(daemon.home / "models" / "tiny.gguf"))
+    taken = daemon.ctl("recipe", "from-command", "--save", "-m", str(daemon.home / "models" / "tiny.gguf"))
+    assert (taken.returncode, "--id gives another name" in taken.stderr) == (2, True)
+
+
+def test_no_command_is_told(daemon: RunningDaemon) -> None:
+    """Also where the standard input is empty."""
+    done = ctl(daemon, "recipe", "from-command", stdin="\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected a llama-server command, found nothing" in done.stderr
 
 
 def test_what_is_no_command_is_told(daemon: RunningDaemon) -> None:
