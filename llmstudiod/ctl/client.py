@@ -5,6 +5,8 @@ import http.client
 import json
 import os
 import socket
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
 
 DEFAULT_SOCKET = "/run/llmstudio/admin.sock"
 SOCKET_VARIABLE = "LLMSTUDIO_ADMIN_SOCKET"
+
+NOTICE_S = 3.0
+_SEE = "`systemctl status llmstudiod` and `journalctl -u llmstudiod -n 30` tell why"
 
 EXIT_CODES = {
     "bad_request": 2,
@@ -68,18 +73,19 @@ class _UnixConnection(http.client.HTTPConnection):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Requests to the daemon."""
+    """Requests to the daemon, which has ``patience_s`` seconds to answer where an answer takes no time of its own."""
 
     socket_path: str
+    patience_s: float = 60
 
     @classmethod
     def from_environment(cls, given: str | None) -> "Client":
         """Return the client for the socket that was given, named in the environment, or the usual one."""
         return cls(given or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET)
 
-    def get(self, *parts: str, query: str = "", timeout_s: float | None = 60) -> Any:  # noqa: ANN401 - JSON holds anything
+    def get(self, *parts: str, query: str = "", timeout_s: float | None = None) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return the answer to a GET; ``parts`` are the path's, still unquoted."""
-        return self._ask("GET", _path(parts) + (f"?{query}" if query else ""), timeout_s)
+        return self._ask("GET", _path(parts) + (f"?{query}" if query else ""), timeout_s or self.patience_s)
 
     def post(self, *parts: str, query: str = "", body: object = None, timeout_s: float | None = None) -> Any:  # noqa: ANN401
         """Return the answer to a POST; by default for as long as it takes."""
@@ -88,7 +94,7 @@ class Client:
 
     def text(self, *parts: str) -> str:
         """Return the answer to a GET as text."""
-        response = self._send("GET", _path(parts), 60)
+        response = self._send("GET", _path(parts), self.patience_s)
         raw = response.read()
         if response.status >= 400:
             raise AnswerError(response.status, _object(raw))
@@ -99,14 +105,14 @@ class Client:
         return self._ask(
             "PUT" if is_put else "POST",
             _path(parts) + (f"?{query}" if query else ""),
-            60,
+            self.patience_s,
             text.encode(),
             "application/yaml",
         )
 
     def delete(self, *parts: str) -> Any:  # noqa: ANN401
         """Return the answer to a DELETE."""
-        return self._ask("DELETE", _path(parts), 60)
+        return self._ask("DELETE", _path(parts), self.patience_s)
 
     def events(self, *parts: str, query: str = "", last_id: str | None = None) -> Iterator[dict[str, Any]]:
         """Return the server-sent events, each with its name as ``event`` and its ``id``, until the stream ends.
@@ -119,7 +125,7 @@ class Client:
             DaemonUnreachableError: There is none.
         """
         headers = {} if last_id is None else {"Last-Event-ID": last_id}
-        response = self._send("GET", _path(parts) + (f"?{query}" if query else ""), 60, headers=headers)
+        response = self._send("GET", _path(parts) + (f"?{query}" if query else ""), self.patience_s, headers=headers)
         if response.status >= 400:
             raise AnswerError(response.status, _object(response.read()))
         return _events(response)
@@ -135,6 +141,8 @@ class Client:
         response = self._send(method, path, timeout_s, body, kind)
         try:
             answer = json.loads(response.read() or b"null")
+        except (OSError, http.client.HTTPException) as error:
+            raise DaemonUnreachableError("the daemon was gone before it had answered", hint=_SEE) from error
         except ValueError:
             answer = {"detail": f"the daemon's answer to {method} {path} is no JSON", "kind": "internal"}
         if response.status >= 400:
@@ -150,11 +158,19 @@ class Client:
         kind: str = "application/json",
         headers: Mapping[str, str] | None = None,
     ) -> http.client.HTTPResponse:
+        if timeout_s is None:  # what may take for ever is asked of a daemon that answers
+            self._send("GET", "/health", self.patience_s).read()
         connection = _UnixConnection(self.socket_path, timeout_s)
         told = {} if body is None else {"Content-Type": kind}
         try:
-            connection.request(method, path, body, told | dict(headers or {}))
-            response = connection.getresponse()
+            with contextlib.nullcontext() if timeout_s is None else _notice():
+                connection.request(method, path, body, told | dict(headers or {}))
+                response = connection.getresponse()
+        except TimeoutError as error:
+            raise DaemonUnreachableError(
+                f"the daemon did not answer within {timeout_s:.0f} s",
+                hint=_SEE,
+            ) from error
         except PermissionError as error:
             raise DaemonUnreachableError(
                 f"you may not use the admin socket {self.socket_path}", hint="use sudo"
@@ -172,6 +188,22 @@ class Client:
         if connection.sock is not None and headers is not None:
             connection.sock.settimeout(None)  # a stream may be silent for as long as nothing happens
         return response
+
+
+@contextlib.contextmanager
+def _notice() -> Iterator[None]:
+    """Say on a terminal what is waited for: with socket activation, connecting tells nothing of the daemon."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    text = "waiting for the daemon to start and answer … (`systemctl status llmstudiod` tells how it is)"
+    timer = threading.Timer(NOTICE_S, lambda: print(text, file=sys.stderr))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

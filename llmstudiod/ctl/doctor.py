@@ -1,6 +1,7 @@
 """``llmstudioctl doctor``: examines the installation, and says of each thing that is wrong what to do about it."""
 
 import argparse
+import contextlib
 import grp
 import http.client
 import json
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from llmstudiod.core.units import counted, format_bytes
 from llmstudiod.ctl import show
 from llmstudiod.ctl.client import Client
 
-GROUP = "llmstudio-admin"
-UNITS = ("llmstudiod.socket", "llmstudiod-admin.socket", "llmstudio-launcher.socket", "llmstudiod.service")
+ADMIN_GROUP, MODEL_GROUP = "llmstudio-admin", "llmstudio-model"
+PATIENCE_S = 10.0
+LAUNCHER = "llmstudio-launcher.socket"
+UNITS = (
+    "llmstudiod.socket",
+    "llmstudiod-admin.socket",
+    "llmstudio-launcher.socket",
+    "llmstudio-launcher.service",
+    "llmstudiod.service",
+)
 STATE_DIRECTORY = Path("/var/lib/llmstudio")
 LEAST_FREE = 1 << 30
 OK, WARNING, FAULT = "ok", "warning", "fault"
@@ -54,21 +63,25 @@ def command(client: Client, arguments: argparse.Namespace) -> int:
 
 def examine(client: Client) -> Iterator[Finding]:
     """Yield the findings, the most fundamental first."""
+    client = replace(client, patience_s=PATIENCE_S)
     yield from _units()
-    yield from _group()
+    yield from _groups()
+    yield from _membership()
     try:
         status, config = client.get("status"), client.get("config")
     except LlmstudioError as error:
         yield Finding("daemon", FAULT, error.message, error.hint)
         return
+    settings = config["settings"]
     yield from _daemon(status)
+    yield from _launcher(client, status)
     yield from _binary(status)
     yield from _devices(client, status)
     yield from _endpoint(status)
-    yield from _keys(client, config["settings"])
-    yield from _files(config["settings"])
+    yield from _keys(client, settings)
+    yield from _files(settings)
     yield from _log(client, status)
-    yield from _recipes(status)
+    yield from _recipes(status, settings)
 
 
 def _units() -> Iterator[Finding]:
@@ -76,37 +89,57 @@ def _units() -> Iterator[Finding]:
         yield Finding("units", WARNING, "systemd does not run here: models are plain processes of the daemon")
         return
     for unit in UNITS:
-        wanted = "LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload"
-        shown = _run("systemctl", "show", f"--property={wanted}", unit)
-        facts = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-        if facts.get("LoadState") != "loaded":
-            yield Finding("units", WARNING, f"{unit} is not installed", "a daemon that was started by hand needs none")
-        elif facts.get("ActiveState") == "failed":
-            yield Finding("units", FAULT, f"{unit} has failed", f"`systemctl status {unit}` tells why")
-        elif unit.endswith(".socket") and facts.get("ActiveState") != "active":
-            yield Finding("units", FAULT, f"{unit} does not listen", f"`systemctl enable --now {unit}`")
-        elif unit.endswith(".socket") and facts.get("UnitFileState") not in {"enabled", "static"}:
-            text = f"{unit} listens, and will not after the next boot"
-            yield Finding("units", WARNING, text, f"`systemctl enable {unit}`")
-        elif facts.get("NeedDaemonReload") == "yes":
-            yield Finding("units", WARNING, f"{unit} has changed on disk", "`systemctl daemon-reload`")
-        else:
-            yield Finding("units", OK, f"{unit} is {facts.get('ActiveState')} ({facts.get('SubState')})")
+        yield _unit(unit, _shown(unit))
 
 
-def _group() -> Iterator[Finding]:
-    if os.geteuid() == 0:
-        return
-    try:
-        wanted = grp.getgrnam(GROUP).gr_gid
-    except KeyError:
-        yield Finding("groups", WARNING, f"there is no group {GROUP}", "the package makes it; `systemd-sysusers`")
-        return
-    if wanted in os.getgroups():
-        yield Finding("groups", OK, f"you are in the group {GROUP}")
-    else:
-        hint = f"`sudo usermod -aG {GROUP} {os.environ.get('USER', 'NAME')}`, then log in again"
-        yield Finding("groups", WARNING, f"you are not in the group {GROUP}", hint)
+def _unit(unit: str, facts: dict[str, str]) -> Finding:
+    """Judge a unit by what ``systemctl show`` tells of it; the first thing that is wrong is told."""
+    is_socket, state, sub = unit.endswith(".socket"), facts.get("ActiveState"), facts.get("SubState", "")
+    if facts.get("LoadState") == "masked":
+        return Finding("units", FAULT, f"{unit} is masked", f"`systemctl unmask {unit}`")
+    if facts.get("LoadState") != "loaded":
+        return Finding("units", WARNING, f"{unit} is not installed", "a daemon that was started by hand needs none")
+    if state == "failed":
+        return Finding("units", FAULT, f"{unit} has failed", f"`systemctl status {unit}` tells why")
+    if sub.startswith("auto-restart"):
+        hint = f"`journalctl -u {unit.removesuffix('.service')} -n 30` tells why"
+        return Finding("units", FAULT, f"{unit} ends again and again, and is started again", hint)
+    if is_socket and state != "active":
+        return Finding("units", FAULT, f"{unit} does not listen", f"`systemctl enable --now {unit}`")
+    if is_socket and facts.get("UnitFileState") not in {"enabled", "static"}:
+        return Finding(
+            "units", WARNING, f"{unit} listens, and will not after the next boot", f"`systemctl enable {unit}`"
+        )
+    if facts.get("NeedDaemonReload") == "yes":
+        return Finding("units", WARNING, f"{unit} has changed on disk", "`systemctl daemon-reload`")
+    return Finding("units", OK, f"{unit} is {state} ({sub})")
+
+
+def _shown(unit: str) -> dict[str, str]:
+    wanted = "LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload"
+    shown = _run("systemctl", "show", f"--property={wanted}", unit)
+    return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+
+
+def _groups() -> Iterator[Finding]:
+    """Look for the groups; without the models' own, no unit of a model can be started."""
+    for group in (ADMIN_GROUP, MODEL_GROUP):
+        try:
+            grp.getgrnam(group)
+        except KeyError:
+            level = FAULT if group == MODEL_GROUP and _shown(LAUNCHER).get("LoadState") == "loaded" else WARNING
+            yield Finding("groups", level, f"there is no group {group}", "the package makes it; `systemd-sysusers`")
+
+
+def _membership() -> Iterator[Finding]:
+    """Look whether the caller is in the group of those who may administer; root need not be."""
+    with contextlib.suppress(KeyError):
+        wanted = grp.getgrnam(ADMIN_GROUP).gr_gid
+        if wanted in os.getgroups():
+            yield Finding("groups", OK, f"you are in the group {ADMIN_GROUP}")
+        elif os.geteuid():
+            hint = f"`sudo usermod -aG {ADMIN_GROUP} {os.environ.get('USER', 'NAME')}`, then log in again"
+            yield Finding("groups", WARNING, f"you are not in the group {ADMIN_GROUP}", hint)
 
 
 def _daemon(status: dict[str, Any]) -> Iterator[Finding]:
@@ -115,6 +148,23 @@ def _daemon(status: dict[str, Any]) -> Iterator[Finding]:
         return
     text = f"the daemon is version {status['version']}, this program {__version__}"
     yield Finding("daemon", WARNING, text, "`systemctl restart llmstudiod`; running models stay")
+
+
+def _launcher(client: Client, status: dict[str, Any]) -> Iterator[Finding]:
+    """Ask the launcher something that changes nothing: how it would start a model, or which llama-server there is."""
+    if status["launcher"] != "systemd":
+        return
+    model = next((item["id"] for item in status["instances"]), None)
+    try:
+        if model is not None:
+            client.get("explain", model)
+    except LlmstudioError as error:
+        if getattr(error, "answer_kind", error.kind) in {"launcher", "daemon_unreachable"}:
+            hint = f"`systemctl status {LAUNCHER}` and `journalctl -u llmstudio-launcher -n 30` tell why"
+            yield Finding("launcher", FAULT, f"the launcher does not do its work: {error.message}", hint)
+            return
+    if model is not None:
+        yield Finding("launcher", OK, "the launcher answers")
 
 
 def _binary(status: dict[str, Any]) -> Iterator[Finding]:
@@ -205,20 +255,22 @@ def _log(client: Client, status: dict[str, Any]) -> Iterator[Finding]:
     try:
         client.get("logs", model, query="limit=1")
     except LlmstudioError as error:
-        yield Finding("journal", FAULT, f"the daemon cannot read the journal: {error.message}", error.hint)
+        yield Finding("journal", FAULT, f"the daemon: {error.message}", error.hint)
     else:
         yield Finding("journal", OK, "the daemon reads the models' journal")
 
 
-def _recipes(status: dict[str, Any]) -> Iterator[Finding]:
-    faults = [fault for fault in status["faults"] if fault["severity"] == "fault"]
-    warnings = len(status["faults"]) - len(faults)
-    if faults:
-        text = f"{counted(len(faults), 'fault')} in recipes or settings"
-        yield Finding("recipes", FAULT, text, "`llmstudioctl check` tells each with its line")
-    else:
-        told = f", {warnings} warnings (`llmstudioctl check`)" if warnings else ""
-        yield Finding("recipes", OK, f"{counted(len(status['instances']), 'model')}{told}")
+def _recipes(status: dict[str, Any], settings: dict[str, Any]) -> Iterator[Finding]:
+    told = [fault for fault in status["faults"] if fault["file"] != settings["keys_file"]]  # which has its own topic
+    n_faults = sum(fault["severity"] == "fault" for fault in told)
+    hint = "`llmstudioctl check` tells each with its line"
+    if n_faults:
+        yield Finding("recipes", FAULT, f"{counted(n_faults, 'fault')} in recipes or settings", hint)
+    models = counted(len(status["instances"]), "model")
+    if n_warnings := len(told) - n_faults:
+        yield Finding("recipes", WARNING, f"{models}, {counted(n_warnings, 'warning')}", hint)
+    elif not n_faults:
+        yield Finding("recipes", OK, models)
     for item in status["instances"]:
         if item["state"] == "failed":
             yield Finding("models", WARNING, f"{item['id']} has failed: {item['reason']}", item["hint"])

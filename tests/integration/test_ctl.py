@@ -7,8 +7,10 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -22,6 +24,7 @@ from typing import Any
 import pytest
 
 from llmstudiod.adapters.recipe_writer import MARK
+from llmstudiod.core.errors import DaemonUnreachableError
 from llmstudiod.core.strict import digest
 from llmstudiod.ctl.client import Client
 from llmstudiod.ctl.progress import bar_line, load_progress
@@ -85,7 +88,7 @@ def editor(tmp_path: Path, script: str) -> dict[str, str]:
     path = tmp_path / "editor"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
-    return {**os.environ, "EDITOR": str(path), "VISUAL": ""}
+    return {**os.environ, "EDITOR": str(path), "VISUAL": "", "TMPDIR": str(tmp_path)}
 
 
 @contextmanager
@@ -552,6 +555,27 @@ def test_pinned_is_seen(daemon: RunningDaemon) -> None:
     for words in (["list"], ["top"], ["status"]):
         assert re.search(r"^tiny .*\bpinned\b", daemon.ctl(*words).stdout, re.MULTILINE), words
     assert re.search(r"^ +pinned: yes", daemon.ctl("status", "tiny").stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def mute(tmp_path: Path) -> Iterator[RunningDaemon]:
+    """A socket that systemd holds for a daemon that does not come up: it takes connections and nobody answers."""
+    with socket.socket(socket.AF_UNIX) as listener, tempfile.TemporaryDirectory() as directory:
+        listener.bind(f"{directory}/admin.sock")
+        listener.listen()
+        yield RunningDaemon(subprocess.Popen("true"), tmp_path, 0, Client(f"{directory}/admin.sock", patience_s=0.2))
+
+
+@pytest.mark.parametrize("words", [["list"], ["load", "tiny"], ["watch"]])
+def test_what_is_waited_for_is_told(mute: RunningDaemon, words: list[str]) -> None:
+    """Not a minute of silence; and not for ever, even where the answer may take as long as it likes."""
+    with on_terminal(mute, *words) as terminal:
+        wait_until(lambda: terminal.has("waiting for the daemon to start and answer"))
+    with pytest.raises(DaemonUnreachableError, match="did not answer within 0 s") as refused:
+        mute.admin.get("status")
+    assert "journalctl -u llmstudiod -n 30" in str(refused.value.hint)
+    with pytest.raises(DaemonUnreachableError, match="did not answer within 0 s"):
+        mute.admin.post("launch", "tiny")
 
 
 def test_top_ends_with_the_daemon(daemon: RunningDaemon) -> None:
