@@ -176,13 +176,12 @@ class Client:
                 f"you may not use the admin socket {self.socket_path}", hint="use sudo"
             ) from error
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             exists = Path(self.socket_path).exists()
             # The service alone would only be shown as inactive: it is a socket that failed.
             units = "llmstudiod.socket llmstudiod-admin.socket llmstudiod.service"
             hint = f"`systemctl status {units}`" if exists else "`systemctl start llmstudiod`"
             raise DaemonUnreachableError(
-                f"cannot reach the daemon at {self.socket_path}: {reason}",
+                f"cannot reach the daemon at {self.socket_path}: {reason_of(error)}",
                 hint=f"{hint}, or name another socket with --socket or {SOCKET_VARIABLE}",
             ) from error
         if connection.sock is not None and headers is not None:
@@ -216,6 +215,11 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             elif name == "data":
                 yield told | json.loads(value)
                 told = {}
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a failed connection says, without its number."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _object(raw: bytes) -> dict[str, Any]:

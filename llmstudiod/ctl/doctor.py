@@ -18,7 +18,7 @@ from llmstudiod import __version__
 from llmstudiod.core.errors import LlmstudioError
 from llmstudiod.core.units import counted, format_bytes
 from llmstudiod.ctl import show
-from llmstudiod.ctl.client import Client
+from llmstudiod.ctl.client import Client, reason_of
 
 ADMIN_GROUP, MODEL_GROUP = "llmstudio-admin", "llmstudio-model"
 PATIENCE_S = 10.0
@@ -64,13 +64,16 @@ def command(client: Client, arguments: argparse.Namespace) -> int:
 def examine(client: Client) -> Iterator[Finding]:
     """Yield the findings, the most fundamental first."""
     client = replace(client, patience_s=PATIENCE_S)
-    yield from _units()
+    units = list(_units())
+    yield from units
     yield from _groups()
     yield from _membership()
     try:
         status, config = client.get("status"), client.get("config")
     except LlmstudioError as error:
         yield Finding("daemon", FAULT, error.message, error.hint)
+        # The question is what starts a unit that cannot run, so how that went is seen only now.
+        yield from (found for found in _units() if found.level == FAULT and found not in units)
         return
     settings = config["settings"]
     yield from _daemon(status)
@@ -199,7 +202,8 @@ def _devices(client: Client, status: dict[str, Any]) -> Iterator[Finding]:
 
 def _endpoint(status: dict[str, Any]) -> Iterator[Finding]:
     if not status["ports"]:
-        yield Finding("endpoint", FAULT, "the endpoint has no port", "`systemctl status llmstudiod.socket` tells why")
+        hint = "`systemctl status llmstudiod.socket` tells why; `ss -ltnp 'sport = :8080'` tells who has its port"
+        yield Finding("endpoint", FAULT, "the endpoint has no port", hint)
     for port in status["ports"]:
         connection = http.client.HTTPConnection("localhost", port, timeout=10)
         try:
@@ -208,7 +212,7 @@ def _endpoint(status: dict[str, Any]) -> Iterator[Finding]:
             answer.read()
         except (OSError, http.client.HTTPException) as error:
             hint = f"`ss -ltnp 'sport = :{port}'` tells who listens there"
-            yield Finding("endpoint", FAULT, f"http://localhost:{port} does not answer: {error}", hint)
+            yield Finding("endpoint", FAULT, f"http://localhost:{port} does not answer: {reason_of(error)}", hint)
         else:
             level = OK if answer.status == 200 else FAULT
             yield Finding("endpoint", level, f"http://localhost:{port}/v1 answers ({answer.status})")

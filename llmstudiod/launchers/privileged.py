@@ -151,8 +151,9 @@ class PrivilegedClient:
                 raise ConnectionResetError("it ended before it had answered")
             answer: dict[str, Any] = json.loads(line)
         except (OSError, TimeoutError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "it took too long"
             raise LauncherError(
-                f"llmstudio-launcher does not answer at {self._socket_path}: {str(error) or 'it took too long'}",
+                f"llmstudio-launcher does not answer at {self._socket_path}: {reason}",
                 hint="systemctl start llmstudio-launcher.socket; `journalctl -u llmstudio-launcher` tells more",
             ) from error
         if (told := answer.get("error")) is not None:
