@@ -11,8 +11,8 @@ from llmstudiod.core.keys import PREFIX, Key, parse_keys
 CREDENTIAL = "keys"
 """The name under which systemd may hand the file over: LoadCredential=keys:/path. It wins over the setting."""
 
-_OWN = "chown root:llmstudio, chmod 640, then `systemctl reload llmstudiod`"
-_MEND = "mend it or take it away, then `systemctl reload llmstudiod`; `llmstudioctl key add` makes a new one"
+_OWN = "chown root:llmstudio, chmod 640"
+_MEND = "mend it, or take it away and make new keys with `llmstudioctl key add`"
 
 
 def keys_path(setting: str) -> Path:

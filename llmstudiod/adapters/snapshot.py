@@ -145,18 +145,18 @@ def identities(config: Path, recipes_dir: str) -> list[list[Any]]:
 
 def settings_identities(config: Path) -> list[list[Any]]:
     """Return the identities of the settings file and its drop-ins."""
-    return [[str(path), *_identity(path)] for path in (config, *sorted(Path(f"{config}.d").glob("*")))]
+    return [[str(path), *identity(path)] for path in (config, *sorted(Path(f"{config}.d").glob("*")))]
 
 
 def recipes_identities(recipes_dir: str) -> list[list[Any]]:
     """Return the identities of the recipes directory and of what is in it."""
-    return [[str(path), *_identity(path)] for path in _listing(Path(recipes_dir))]
+    return [[str(path), *identity(path)] for path in _listing(Path(recipes_dir))]
 
 
 def by_path(found: Sequence[Sequence[Any]], recipes_dir: str) -> dict[str, object]:
     """Return identities by path; a directory's is the inode alone, since its times change with what is in it."""
     directory = str(Path(recipes_dir))
-    return {path: list(identity[:1] if path == directory else identity) for path, *identity in found}
+    return {path: list(each[:1] if path == directory else each) for path, *each in found}
 
 
 def _listing(directory: Path) -> list[Path]:
@@ -166,7 +166,8 @@ def _listing(directory: Path) -> list[Path]:
         return [directory]
 
 
-def _identity(path: Path) -> list[int]:
+def identity(path: Path) -> list[int]:
+    """Return what differs once a file has changed, its owner or mode too. Blocks."""
     try:
         status = path.stat()
     except OSError:

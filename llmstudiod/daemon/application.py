@@ -33,6 +33,7 @@ from llmstudiod.adapters.snapshot import (
     Configuration,
     by_path,
     identities,
+    identity,
     read_last_good,
     read_snapshot,
     recipes_identities,
@@ -127,6 +128,7 @@ class Application:
         self.supervisor.observe(self.history.observe)
         listing = Listing(self.supervisor, created=int(time.time()))
         self._keys_error: ConfigError | None = None
+        self._keys_seen: dict[str, object] = {}
         self._figures = Figures()
         self.usage = UsageLog(self.state, self._figures.add, keep_s=settings.usage_keep)
         self.meter = Meter(self.usage.note)
@@ -201,6 +203,7 @@ class Application:
                 keys=self._keys,
                 needs_key=lambda: self.access.rules.needs_key,
                 database=self._database,
+                reread_keys=self._reread_keys,
                 put_keys=self._put_keys,
                 pin=self._pin,
                 reload=self.reload,
@@ -357,8 +360,10 @@ class Application:
         """Return who may use the endpoint. A keys file that cannot be read lets nobody in, rather than everybody."""
         keys: tuple[Key, ...] | None = None
         self._keys_error = None
+        path = keys_path(settings.keys_file)
+        self._keys_seen = {str(path): identity(path)}
         try:
-            keys = read_keys(keys_path(settings.keys_file))
+            keys = read_keys(path)
         except ConfigError as error:
             self._keys_error = error
             logger.error("%s (%s)", error.message, error.hint)  # noqa: TRY400 - no bug
@@ -393,6 +398,10 @@ class Application:
         error = self._keys_error
         return [] if error is None else [Fault(error.message, self.loaded.settings.keys_file, hint=error.hint)]
 
+    async def _reread_keys(self) -> None:
+        """Take what the keys file holds now, which somebody may have changed a moment ago."""
+        self.access.rules = await asyncio.to_thread(self._rules, self.loaded.settings)
+
     async def _put_keys(self, keys: tuple[Key, ...]) -> None:
         """Replace all keys, by the launcher where there is one: the file is root's."""
         settings, text = self.loaded.settings, write_keys(keys)
@@ -405,7 +414,7 @@ class Application:
             await self._helper.ask(Write(Verb.PUT_KEYS, text=text))
         else:
             await asyncio.to_thread(write_own_keys, Path(settings.keys_file), text)
-        self.access.rules = await asyncio.to_thread(self._rules, settings)
+        await self._reread_keys()
         self._tell_reloaded()
 
     def _write_snapshot(self) -> None:
@@ -448,15 +457,20 @@ class Application:
         return is_down and is_alone and not any(shown.queued for shown in views)
 
     def config_watch(self) -> FileWatch:
-        """Return what notices that settings or recipes are others than those in force."""
+        """Return what notices that settings, recipes or keys are others than those in force."""
 
         def directory() -> str:
             return self._found.settings.settings.recipes_dir
 
         return FileWatch(
-            lambda: by_path(identities(self._config, directory()), directory()),
-            lambda: by_path(self._found.files, directory()),
+            lambda: by_path(identities(self._config, directory()), directory()) | self._keys_now(),
+            lambda: by_path(self._found.files, directory()) | self._keys_seen,
         )
+
+    def _keys_now(self) -> dict[str, object]:
+        """Return the identity of the keys file. Blocks."""
+        path = keys_path(self.loaded.settings.keys_file)
+        return {str(path): identity(path)}
 
     def model_watch(self) -> FileWatch:
         """Return what notices that the GGUFs in the model directories are others than when they were read."""

@@ -62,6 +62,7 @@ class Parts:
     keys: Callable[[], tuple[Key, ...]]
     needs_key: Callable[[], bool]
     database: Path | None
+    reread_keys: Callable[[], Awaitable[None]]
     put_keys: Callable[[tuple[Key, ...]], Awaitable[None]]
     pin: Callable[[str, bool], Awaitable[None]]
     reload: Callable[[], Awaitable[None]]
@@ -86,6 +87,7 @@ class Interface:
         )
         keys = AdminKeys(
             keys=parts.keys,
+            reread=parts.reread_keys,
             put=parts.put_keys,
             model_names=lambda: frozenset(supervisor.catalogue.ids_by_name),
             last_uses=lambda: last_uses(parts.usage),

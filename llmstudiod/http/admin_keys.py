@@ -16,7 +16,8 @@ from llmstudiod.http.answers import json_response
 class AdminKeys:
     """Lists, makes and revokes keys.
 
-    ``keys`` returns those in force, ``put`` writes all of them; either raises a ConfigError where that cannot be done.
+    ``keys`` returns those in force, after ``reread`` those that are in the file now; ``put`` writes all of them.
+    Both raise a ConfigError where that cannot be done.
     ``last_uses`` tells when each was used last, and blocks.
     """
 
@@ -24,12 +25,14 @@ class AdminKeys:
         self,
         *,
         keys: Callable[[], tuple[Key, ...]],
+        reread: Callable[[], Awaitable[None]],
         put: Callable[[tuple[Key, ...]], Awaitable[None]],
         model_names: Callable[[], frozenset[str]],
         last_uses: Callable[[], dict[str, float]],
     ) -> None:
         self._last_uses = last_uses
         self._keys = keys
+        self._reread = reread
         self._put = put
         self._model_names = model_names
         self._lock = asyncio.Lock()  # between reading them and writing them nobody else may
@@ -62,6 +65,7 @@ class AdminKeys:
             expires=now + valid_s if valid_s else 0.0,  # 0, never and off: for ever, as elsewhere
         )
         async with self._lock:
+            await self._reread()
             warnings = await self._put_new(key)
         return json_response({**_shown(key), "secret": secret, "warnings": warnings}, status=201)
 
@@ -80,6 +84,7 @@ class AdminKeys:
     async def _revoke(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         async with self._lock:
+            await self._reread()
             keys = self._keys()
             rest = tuple(key for key in keys if key.name != name)
             if len(rest) == len(keys):

@@ -18,6 +18,9 @@ class Keys:
     def __init__(self) -> None:
         self.keys: tuple[Key, ...] = ()
 
+    async def reread(self) -> None:
+        """Nobody else changes them."""
+
     async def put(self, keys: tuple[Key, ...]) -> None:
         """Write them."""
         await asyncio.sleep(0.01)
@@ -44,7 +47,9 @@ def keys() -> Keys:
 async def client(keys: Keys, aiohttp_client: Any) -> aiohttp.ClientSession:
     """A client of the routes."""
     names = frozenset({"tiny"})
-    routes = AdminKeys(keys=lambda: keys.keys, put=keys.put, model_names=lambda: names, last_uses=dict)
+    routes = AdminKeys(
+        keys=lambda: keys.keys, reread=keys.reread, put=keys.put, model_names=lambda: names, last_uses=dict
+    )
     app = web.Application(middlewares=[errors])
     app.add_routes(routes.routes())
     session: aiohttp.ClientSession = await aiohttp_client(app)

@@ -408,6 +408,28 @@ def test_pin_restart_and_reload(daemon: RunningDaemon) -> None:
         assert daemon.ctl(*words).returncode == 4
 
 
+def test_keys_file_that_somebody_edits_is_noticed(tmp_path: Path) -> None:
+    """Without a reload; and what it holds now is neither lost nor replaced when a key is made."""
+    file = tmp_path / "keys"
+    with running_daemon(tmp_path, keys_file=str(file)) as daemon:
+        assert daemon.ctl("key", "add", "one").returncode == 0
+        good = file.read_text()
+        file.write_text(good.replace('"one"', '"other"').replace("one", "other"))
+        assert daemon.ctl("key", "add", "two").returncode == 0
+        assert [key["name"] for key in json.loads(daemon.ctl("key", "list", "--json").stdout)] == ["other", "two"]
+        file.write_text("{damaged")
+        refused = daemon.ctl("key", "add", "three")
+        assert (refused.returncode, file.read_text()) == (3, "{damaged")
+        assert "hint: mend it, or take it away" in refused.stderr
+        assert daemon.ctl("key", "list").returncode == 3
+        file.write_text(good)
+        wait_until(lambda: daemon.ctl("key", "list").returncode == 0)
+        file.write_text("{damaged")
+        wait_until(lambda: daemon.ctl("key", "list").returncode == 3)
+        file.unlink()
+        assert daemon.ctl("key", "add", "four").returncode == 0
+
+
 # Looking
 
 
