@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 from pathlib import Path
 
 from llmstudiod.adapters.documents import read_document
@@ -16,6 +17,7 @@ from llmstudiod.core.recipe import Fault, LoadedRecipes, RecipeEntry, Severity
 from llmstudiod.core.settings import DEFAULT_FILE, Settings
 from llmstudiod.launchers.subprocess import SubprocessLauncher
 
+MAGIC = b"GGUF"
 SETTINGS_FILE = Path(DEFAULT_FILE)
 
 
@@ -24,6 +26,10 @@ def check_files(files: list[Path]) -> list[Fault]:
     faults: list[Fault] = []
     entries: list[RecipeEntry] = []
     for file in files:
+        if _is_gguf(file):
+            hint = f"`llmstudioctl estimate {shlex.quote(str(file))}` tells what it needs, `recipe new` makes a recipe"
+            faults.append(Fault("expected recipes or settings, found a GGUF", str(file), hint=hint))
+            continue
         if _holds_settings(file):
             loaded_settings = load_settings(file)
             faults += loaded_settings.faults
@@ -35,6 +41,14 @@ def check_files(files: list[Path]) -> list[Fault]:
         entries += loaded.entries
         faults += [warning for entry in loaded.entries for warning in entry.warnings]
     return faults + asyncio.run(_plan(entries))
+
+
+def _is_gguf(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def _holds_settings(file: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
+from llmstudiod.core.errors import AccessDeniedError, DaemonUnreachableError, LlmstudioError
 
 DEFAULT_SOCKET = "/run/llmstudio/admin.sock"
 SOCKET_VARIABLE = "LLMSTUDIO_ADMIN_SOCKET"
@@ -172,9 +172,8 @@ class Client:
                 hint=_SEE,
             ) from error
         except PermissionError as error:
-            raise DaemonUnreachableError(
-                f"you may not use the admin socket {self.socket_path}", hint="use sudo"
-            ) from error
+            hint = "use sudo, or join the group llmstudio-admin"
+            raise AccessDeniedError(f"you may not use the admin socket {self.socket_path}", hint=hint) from error
         except (OSError, http.client.HTTPException) as error:
             exists = Path(self.socket_path).exists()
             # The service alone would only be shown as inactive: it is a socket that failed.

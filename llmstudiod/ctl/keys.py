@@ -36,7 +36,7 @@ def listing(client: Client, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(keys, ensure_ascii=False, indent=2))
     elif keys:
-        print(show.table(("NAME", "MAY", "CREATED", "EXPIRES", "MODELS"), [_row(key) for key in keys]))
+        print(show.table(("NAME", "MAY", "CREATED", "LAST USE", "EXPIRES", "MODELS"), [_row(key) for key in keys]))
     else:
         print("no keys: the endpoint is open to the programs of this machine")
     return 0
@@ -56,7 +56,8 @@ def _row(key: dict[str, Any]) -> list[str]:
     expires = "never" if key["expires"] is None else _date(key["expires"])
     if key["expires"] is not None and key["expires"] <= time.time():
         expires += " (over)"
-    return [key["name"], ",".join(rights), _date(key["created"]), expires, ", ".join(key["models"] or ["all"])]
+    used = "never" if key["last_used"] is None else f"{show.ago(key['last_used'])} ago"
+    return [key["name"], ",".join(rights), _date(key["created"]), used, expires, ", ".join(key["models"] or ["all"])]
 
 
 def _date(at: float) -> str:

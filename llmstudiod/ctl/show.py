@@ -1,5 +1,6 @@
 """How answers look on a terminal: tables that fit it, colours only on one."""
 
+import json
 import os
 import shutil
 import sys
@@ -86,6 +87,20 @@ def _excess(widths: Sequence[int], columns: int) -> int:
 def cut(text: str, width: int | None) -> str:
     """Return as much of a text as fits."""
     return text if width is None or len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def print_json(value: object) -> int:
+    """Print an answer as JSON, a field a line; return the exit code."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+    return 0
+
+
+def tell_faults(faults: list[dict[str, Any]]) -> None:
+    """Say on the standard error how many faults and warnings there are."""
+    n_faults = sum(fault["severity"] == "fault" for fault in faults)
+    told = [counted(n, word) for n, word in ((n_faults, "fault"), (len(faults) - n_faults, "warning")) if n]
+    if told:
+        print(f"\n{', '.join(told)}; `llmstudioctl check` tells them", file=sys.stderr)
 
 
 def memory_table(estimate: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from llmstudiod.core.errors import UnavailableError
 from llmstudiod.ctl.client import Client
 
 
@@ -17,13 +18,11 @@ def command(client: Client, arguments: argparse.Namespace) -> int:
         print(json.dumps(told) if arguments.json else told["message"])
         return 0
     answer = client.post("web", "code")
+    if not answer["urls"]:
+        raise UnavailableError("the endpoint has no port", hint="`systemctl status llmstudiod.socket` tells why")
     if arguments.json:
         print(json.dumps(answer))
         return 0
-    if not answer["urls"]:
-        print("llmstudioctl: the endpoint has no port", file=sys.stderr)
-        print("hint: `systemctl status llmstudiod.socket` tells why", file=sys.stderr)
-        return 7
     url = answer["urls"][0]
     print(url)
     print("it signs in once, within ten minutes", file=sys.stderr)

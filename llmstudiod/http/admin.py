@@ -141,7 +141,9 @@ class Admin:
                 hint = (
                     f"use sudo, or join the group {ADMIN_GROUP} (`usermod -aG {ADMIN_GROUP} NAME`, then log in again)"
                 )
-                raise AccessDeniedError(f"user {peer.uid} may not administer llmstudiod", hint=hint)
+                raise AccessDeniedError(
+                    f"user {await asyncio.to_thread(peer.name)} may not administer llmstudiod", hint=hint
+                )
         return await handler(request)
 
     # Reading
@@ -299,17 +301,23 @@ class Admin:
         if self._supervisor.catalogue.entries[model].recipe.pinned:
             hint = "take `pinned: true` out of the recipe"
             raise ConflictError(f"'{model}' is pinned by its recipe", hint=hint)
+        shown = self._supervisor.view(model)
+        was_pinned = shown is not None and shown.spec.is_pinned
         await self._pin_model(model, False)
-        return json_response({"success": True, "message": f"'{model}' is not pinned any more"})
+        told = "is not pinned any more" if was_pinned else "was not pinned"
+        return json_response({"success": True, "message": f"'{model}' {told}"})
 
     async def _reset(self, request: web.Request) -> web.Response:
         """Forget a model's failures, also the unit that systemd keeps as failed."""
         model = self._model(request)
         shown = self._supervisor.view(model)
-        if shown is not None and shown.state is State.FAILED:
+        has_failed = shown is not None and shown.state is State.FAILED
+        if has_failed:
             await self._launcher.stop(model, is_forced=False)
         await self._supervisor.reset(model)
-        return json_response({"success": True, "message": f"'{model}' may be started again"})
+        has_any = shown is not None and shown.failures
+        told = "may be started again" if has_failed or has_any else "has not failed: there is nothing to forget"
+        return json_response({"success": True, "message": f"'{model}' {told}"})
 
     async def _evict_one(self, request: web.Request) -> web.Response:
         model = self._model(request)

@@ -2,6 +2,7 @@
 
 import grp
 import os
+import pwd
 import socket
 import struct
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ class Peer:
     def may_administer(self) -> bool:
         """Whether it is root, the daemon's own user, or a member of the group of administrators."""
         return self.uid in {0, os.geteuid()} or admin_gid() in self.gids
+
+    def name(self) -> str:
+        """Return its user's name, or number where it has none. Blocks."""
+        try:
+            return pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            return str(self.uid)
 
 
 def peer_of(sock: socket.socket) -> Peer:

@@ -27,7 +27,7 @@ _llmstudioctl() {
             -?*:*) wants="" ;;
             :--socket) wants=--socket ;;
             :--lines | :-n) [[ $command == logs ]] && wants=--lines ;;
-            :--id | :--set) [[ $command == "recipe new" ]] && wants=--n ;;
+            :--id | :--set) [[ $command == recipe\ * ]] && wants=--n ;;
             :--models | :--expires) [[ $command == "key add" ]] && wants=$word ;;
             :--n-ctx | :--n-parallel | :--n-gpu-layers | :--n-ubatch | :--n-cpu-moe) [[ $command == estimate ]] && wants=--n ;;
             :--cache-type-[kv] | :--draft-model | :--mmproj) [[ $command == estimate ]] && wants=$word ;;
@@ -64,7 +64,7 @@ _llmstudioctl() {
     case $command in
         "")
             if [[ $cur == -* ]]; then
-                mapfile -t COMPREPLY < <(compgen -W "$common" -- "$cur")
+                mapfile -t COMPREPLY < <(compgen -W "--version $common" -- "$cur")
             else
                 mapfile -t COMPREPLY < <(compgen -W "list status load unload restart pin unpin cancel reset watch logs check explain estimate gpus key recipe web top reload doctor schema version" -- "$cur")
             fi
@@ -74,8 +74,8 @@ _llmstudioctl() {
         list | status | restart | pin | unpin | cancel | reset | watch | check | gpus | reload | doctor | schema | version) options=$common ;;
         key | "key list" | "key revoke") options=$common ;;
         recipe | "recipe edit" | "recipe show" | "recipe delete") options=$common ;;
-        "recipe new") options="--id --set --edit $common" ;;
-        "recipe from-command") options="--save $common" ;;
+        "recipe new") options="--id --set --edit --force $common" ;;
+        "recipe from-command") options="--save --id $common" ;;
         web) options="--no-open --sign-out $common" ;;
         top) options="--once $common" ;;
         "key add") options="--admin --metrics --models --expires $common" ;;

@@ -63,6 +63,7 @@ complete -c llmstudioctl -f
 complete -c llmstudioctl -l json -d 'print the answer as JSON'
 complete -c llmstudioctl -l socket -r -F -d 'the admin socket'
 complete -c llmstudioctl -s h -l help -d 'show a help text'
+complete -c llmstudioctl -n __llmstudioctl_command -l version -d 'show its version'
 
 complete -c llmstudioctl -n __llmstudioctl_command -a list -d 'list the models and their states'
 complete -c llmstudioctl -n __llmstudioctl_command -a status -d 'show the daemon, or one model with its story'
@@ -124,8 +125,10 @@ complete -c llmstudioctl -n '__llmstudioctl_below recipe new' -F
 complete -c llmstudioctl -n '__llmstudioctl_below recipe new' -l id -x -d 'its id'
 complete -c llmstudioctl -n '__llmstudioctl_below recipe new' -l set -x -d 'a field of the recipe'
 complete -c llmstudioctl -n '__llmstudioctl_below recipe new' -l edit -d 'open it in an editor first'
+complete -c llmstudioctl -n '__llmstudioctl_below recipe new' -l force -d 'store it even if the file is not there or damaged'
 complete -c llmstudioctl -n '__llmstudioctl_below recipe edit show delete' -a '(__llmstudioctl_names id list)' -d model
 complete -c llmstudioctl -n '__llmstudioctl_below recipe from-command' -l save -d 'store it'
+complete -c llmstudioctl -n '__llmstudioctl_below recipe from-command' -l id -x -d 'its id'
 complete -c llmstudioctl -n '__llmstudioctl_command web' -l no-open -d 'do not open it on the desktop'
 complete -c llmstudioctl -n '__llmstudioctl_command web' -l sign-out -d 'end every session of the page instead'
 complete -c llmstudioctl -n '__llmstudioctl_command top' -l once -d 'print it once'

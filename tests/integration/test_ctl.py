@@ -408,6 +408,59 @@ def test_pin_restart_and_reload(daemon: RunningDaemon) -> None:
         assert daemon.ctl(*words).returncode == 4
 
 
+def test_what_was_not_so_is_not_told(daemon: RunningDaemon) -> None:
+    """Unpin and reset say whether there was anything to do."""
+    daemon.ctl("load", "tiny")
+    assert daemon.ctl("unpin", "tiny").stdout == "'tiny' was not pinned\n"
+    assert daemon.ctl("reset", "tiny").stdout == "'tiny' has not failed: there is nothing to forget\n"
+    daemon.ctl("pin", "tiny")
+    assert daemon.ctl("unpin", "tiny").stdout == "'tiny' is not pinned any more\n"
+
+
+def test_load_that_nobody_waits_for_goes_on(daemon: RunningDaemon) -> None:
+    """And it is said, with what gives it up."""
+    daemon.put_recipe({"id": "slow", "model_path": str(daemon.home / "models" / "other.gguf")})
+    daemon.ctl("reload")
+    with in_the_background(daemon, "load", "slow") as process:
+        wait_until(lambda: daemon.state("slow") != "stopped")
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=10)
+    if process.returncode:  # it is a small model, and may be ready before anybody can interrupt
+        assert process.returncode == 130
+        assert "the load of 'slow' goes on; `llmstudioctl cancel slow` gives it up" in told
+    wait_until(lambda: daemon.state("slow") == "ready")
+
+
+def test_log_that_is_not_there_is_told(daemon: RunningDaemon) -> None:
+    """On the standard error: the output is the log alone."""
+    done = daemon.ctl("logs", "tiny")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "'tiny' has no log" in done.stderr
+
+
+def test_output_that_cannot_be_written_is_told(daemon: RunningDaemon) -> None:
+    """In one line, without a traceback; and in a pipe what is said stands in its order."""
+    argv = f"{sys.executable} -m llmstudiod.ctl.main --socket {daemon.admin.socket_path}"
+    full = subprocess.run(f"{argv} list > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert (full.returncode, full.stderr) == (
+        1,
+        "llmstudioctl: the output cannot be written: No space left on device\n",
+    )
+    (daemon.home / "recipes.d" / "bad.yaml").write_text("id: [")
+    daemon.ctl("reload")
+    both = subprocess.run(f"{argv} list 2>&1", shell=True, capture_output=True, text=True, check=False).stdout
+    assert both.startswith("MODEL")
+    assert both.endswith("\n1 fault; `llmstudioctl check` tells them\n")
+
+
+def test_keys_are_listed_with_their_last_use(tmp_path: Path) -> None:
+    """So that one can see which are not needed any more."""
+    with running_daemon(tmp_path, keys_file=str(tmp_path / "keys")) as daemon:
+        daemon.ctl("key", "add", "one")
+        assert re.search(r"^NAME +MAY +CREATED +LAST USE ", daemon.ctl("key", "list").stdout)
+        assert re.search(r"^one .* never +never +all$", daemon.ctl("key", "list").stdout, re.MULTILINE)
+
+
 def test_keys_file_that_somebody_edits_is_noticed(tmp_path: Path) -> None:
     """Without a reload; and what it holds now is neither lost nor replaced when a key is made."""
     file = tmp_path / "keys"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmstudiod.ctl import main as ctl
+from llmstudiod.ctl import show
 
 DIRECTORY = Path(__file__).parents[2] / "packaging" / "completions"
 BASH = DIRECTORY / "llmstudioctl.bash"
@@ -161,6 +162,13 @@ def test_zsh_and_fish_list_the_commands_and_no_others(text: Path, pattern: str) 
             assert str(choice.help) in text.read_text()
 
 
+def test_zsh_knows_what_follows_each_command() -> None:
+    """Its options, at least those that every command has."""
+    branches = re.findall(r"^        ([a-z -]+(?: \| [a-z-]+)*)\)$", ZSH.read_text(), re.MULTILINE)
+    told = {word for branch in branches for word in branch.split(" | ")}
+    assert {word for name in COMMANDS for word in name.split()} - told == set()
+
+
 # Models and files, in a real bash
 
 
@@ -235,7 +243,7 @@ def test_bash_does_not_wait_for_a_daemon_that_hangs(stub: Path, admin_socket: Pa
 def test_list_is_printed_as_the_completions_read_it(capsys: pytest.CaptureFixture[str]) -> None:
     """They read the ids with sed, a key a line: what prints them must go on doing so."""
     for field, listed in (("id", MODELS), ("name", KEYS)):
-        _ = ctl._print_json(listed)
+        _ = show.print_json(listed)
         printed = capsys.readouterr().out
         found = re.findall(rf'^    "{field}": "([^"]*)",?$', printed, re.MULTILINE)
         assert found == [str(item[field]) for item in listed]
