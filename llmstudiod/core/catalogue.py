@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from llmstudiod.core.errors import BadRequestError, ModelNotFoundError
-from llmstudiod.core.name_clashes import without_clashes
-from llmstudiod.core.recipe import Fault, LoadedRecipes, RecipeEntry, Severity
+from llmstudiod.core.name_clashes import key_of, taken, without_clashes
+from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
 
 _NEW = "a new file is noticed within ten seconds"
 _FIRST = f"put a GGUF into a model directory (model_dirs), or a recipe into recipes_dir; {_NEW}"
@@ -63,6 +63,35 @@ class Catalogue:
         elif broken is not None:  # a file without a recipe that will not do
             hint = f"{replace(broken, severity=Severity.FAULT)}"
         raise ModelNotFoundError(f"there is no model '{name[:200]}'", hint=hint)
+
+    def clashes(self, recipe: Recipe, *, is_new: bool) -> list[Fault]:
+        """Return a fault for each name of a recipe, not yet stored, that another has; of ``is_new`` the id as well.
+
+        A GGUF that is served without a recipe owns no name: writing one is how its defaults are replaced.
+        """
+        faults = []
+        for name in recipe.names:
+            owner = self.entries.get(self.ids_by_name.get(name, ""))
+            is_own = owner is not None and owner.recipe.id == recipe.id
+            if owner and owner.file is not None and (not is_own or (is_new and name == recipe.id)):
+                faults.append(taken(RecipeEntry(recipe), name, owner))
+            elif broken := self._broken_owner(name, None if is_new else recipe.id):
+                message = f"expected a name that is free, found '{name}', which a faulty recipe has ({broken.file})"
+                faults.append(Fault(message, key=key_of(recipe, name), recipe_id=recipe.id))
+        return faults
+
+    def _broken_owner(self, name: str, own: str | None) -> Fault | None:
+        """Return a fault of a recipe that was left out and has this name; not of the one that is being mended."""
+        return next(
+            (
+                fault
+                for fault in self.faults
+                if fault.severity is Severity.FAULT
+                and fault.recipe_id != own
+                and (name == fault.recipe_id or name in fault.claims)
+            ),
+            None,
+        )
 
 
 def build_catalogue(candidates: Iterable[RecipeEntry], faults: Iterable[Fault] = ()) -> Catalogue:

@@ -84,12 +84,16 @@ class BoundFile:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """How many tokens the server holds: ``n_ctx_total`` is its ``-c``, ``n_ctx`` what one request may use."""
+    """How many tokens the server holds: ``n_ctx_total`` is its ``-c``, ``n_ctx`` what one request may use.
+
+    ``defaults``: those of the ``notes`` that tell what an open field became, and are nothing to worry about.
+    """
 
     n_ctx: int
     n_parallel: int
     n_ctx_total: int
     notes: tuple[str, ...] = ()
+    defaults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ def plan_context(recipe: Recipe, n_ctx_train: int | None) -> Context:
     >>> plan_context(Recipe(id="m", model_path="/m.gguf", max_model_len=8192, max_num_seqs=4), None).n_ctx_total
     32768
     """
-    notes = []
+    notes: list[str] = []
     slots = recipe.max_num_seqs or DEFAULT_SLOTS
     length = recipe.max_model_len
     if length is None:
@@ -129,6 +133,7 @@ def plan_context(recipe: Recipe, n_ctx_train: int | None) -> Context:
         notes.append(
             f"max_model_len is not set: {length} tokens for one request (the model: {n_ctx_train or 'unknown'})"
         )
+    defaults = tuple(notes)
     if n_ctx_train and length > n_ctx_train:
         notes.append(f"max_model_len {length} is over the model's {n_ctx_train} tokens: llama-server caps each request")
     padded = -(-length // 256) * 256
@@ -138,7 +143,7 @@ def plan_context(recipe: Recipe, n_ctx_train: int | None) -> Context:
             f"cannot load '{recipe.id}': {slots} slots of {length} tokens are {total} in all, over {MAX_TOTAL_CONTEXT}",
             hint="lower max_model_len or max_num_seqs",
         )
-    return Context(n_ctx=padded, n_parallel=slots, n_ctx_total=total, notes=tuple(notes))
+    return Context(n_ctx=padded, n_parallel=slots, n_ctx_total=total, notes=tuple(notes), defaults=defaults)
 
 
 def build_command(

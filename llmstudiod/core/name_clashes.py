@@ -6,7 +6,7 @@ A new name that is taken is an invalid change like any other: what was in force 
 from collections.abc import Iterable, Mapping
 
 from llmstudiod.core.last_good import stays
-from llmstudiod.core.recipe import Fault, LoadedRecipes, RecipeEntry
+from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry
 
 
 def without_clashes(found: LoadedRecipes, before: Iterable[RecipeEntry] = ()) -> LoadedRecipes:
@@ -49,7 +49,7 @@ def _one_for_each_id(
         file = in_force[model].file if model in in_force else None
         owner = next((entry for entry in entries if entry.file == file), entries[0])
         owners[model] = owner
-        faults += [_taken(entry, model, owner) for entry in entries if entry is not owner]
+        faults += [taken(entry, model, owner) for entry in entries if entry is not owner]
     return owners, faults
 
 
@@ -64,23 +64,28 @@ def _clashes(entries: Mapping[str, RecipeEntry], held: Mapping[str, str]) -> dic
         if clash is None:
             owners |= dict.fromkeys(entry.recipe.names, model)
         else:
-            clashes[model] = _taken(entry, clash, entries[owners[clash]])
+            clashes[model] = taken(entry, clash, entries[owners[clash]])
             for name in entry.recipe.names:  # the others are free
                 if owners.get(name) == model:
                     del owners[name]
     return clashes
 
 
-def _taken(entry: RecipeEntry, name: str, owner: RecipeEntry) -> Fault:
+def key_of(recipe: Recipe, name: str) -> str:
+    """Return the field that gives a recipe one of its names."""
+    return "id" if name == recipe.id else "served_model_name" if name == recipe.served_model_name else "aliases"
+
+
+def taken(entry: RecipeEntry, name: str, owner: RecipeEntry) -> Fault:
+    """Return the fault of a recipe that claims a name that another has."""
     recipe = entry.recipe
-    key = "id" if name == recipe.id else "served_model_name" if name == recipe.served_model_name else "aliases"
     place = f"{owner.file}:{owner.line}" if owner.line else str(owner.file)
     whose = "another recipe" if owner.recipe.id == name else f"recipe '{owner.recipe.id}'"
     return Fault(
         f"expected a name that is free, found '{name}', which {whose} has ({place})",
         file=entry.file or "",
         line=entry.line,
-        key=key,
+        key=key_of(recipe, name),
         hint="give one of them another name, or remove it",
         recipe_id=recipe.id,
         claims=(*recipe.names, recipe.model_path)[:100],

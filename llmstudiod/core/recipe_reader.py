@@ -54,15 +54,15 @@ _HINTS: Mapping[str, str] = {
 
 
 def parse_recipe_bytes(raw: bytes, *, file: str) -> LoadedRecipes:
-    """Return the recipes of a file's content; the file's name without its ending names one that has no id."""
-    default_id = file.rpartition("/")[2].rpartition(".")[0]
+    """Return the recipes of a file's content; the file's name without its ending, if any, names one without an id."""
+    default_id = file.rpartition("/")[2].rpartition(".")[0] or None
     document = parse_bytes(raw, file=file)
     if isinstance(document, Fault):
         return LoadedRecipes((), (replace(document, recipe_id=default_id),))
     return parse_recipes(document, default_id=default_id)
 
 
-def parse_recipes(document: Document, *, default_id: str) -> LoadedRecipes:
+def parse_recipes(document: Document, *, default_id: str | None) -> LoadedRecipes:
     """Return the recipes of a parsed file; ``default_id`` names a recipe that stands alone without an id."""
     raw, path = document.value, ()  # type: Any, Path_
     faults: list[Fault] = []

@@ -19,7 +19,10 @@ from llmstudiod.core.settings import Settings
 
 _TRUST = "chown root, and chmod go-w: the file and every directory above it"
 KEPT_DIGESTS = 8
-_BY_HAND = "write the file by hand, as root"
+BY_HAND = "was written by hand"
+"""What a refusal says of a person's file; whoever asks the launcher knows it by that."""
+
+_HINT = "write the file by hand, as root"
 
 
 def wanted_recipe(loaded: LoadedRecipes, *, model: str, expected_hash: str, file: str) -> Recipe:
@@ -130,7 +133,7 @@ def refuse_put(
     if faults or not new.entries:
         told = "; ".join(str(fault) for fault in faults[:10]) or "it holds no recipe"
         details = {"faults": [asdict(fault) for fault in faults]}
-        raise AccessDeniedError(f"the recipe cannot be written: {told}", hint=_BY_HAND, details=details)
+        raise AccessDeniedError(f"the recipe cannot be written: {told}", hint=_HINT, details=details)
 
 
 def refuse_foreign(path: str, raw: bytes, written: Collection[object] | None) -> None:
@@ -142,7 +145,7 @@ def refuse_foreign(path: str, raw: bytes, written: Collection[object] | None) ->
         AccessDeniedError: A person wrote it.
     """
     if digest(raw) not in (written or ()):
-        raise AccessDeniedError(f"'{path}' was written by hand", hint=f"{_BY_HAND}, or remove it")
+        raise AccessDeniedError(f"'{path}' {BY_HAND}", hint=f"{_HINT}, or remove it")
 
 
 def digest(raw: bytes) -> str:
@@ -206,4 +209,4 @@ def _refused(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _fault(key: str, expected: str, found: str) -> Fault:
-    return Fault(f"expected {expected}, found {found}", key=key, hint=_BY_HAND)
+    return Fault(f"expected {expected}, found {found}", key=key, hint=_HINT)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llmstudiod.core.errors import ConfigError, LlmstudioError
 from llmstudiod.ctl.client import Client
@@ -37,6 +38,7 @@ def edit_recipe(
         EditorError: No editor can be run, or it failed.
         ConfigError: It has faults, and is not edited again.
     """
+    query = (f"id={quote(model)}" if may_stay else "new=true") + ("&trusted=true" if is_trusted else "")
     with _draft(model, text) as file:
         while True:
             _run_editor(str(file))
@@ -46,7 +48,7 @@ def edit_recipe(
                 if as_json:
                     print(json.dumps({"success": True, "id": model, "changed": False}))
                 return 0
-            checked = client.post_text("recipes", "check", text=changed, query="trusted=true" if is_trusted else "")
+            checked = client.post_text("recipes", "check", text=changed, query=query)
             tell_faults(checked["faults"])
             if checked["ok"]:
                 store(changed, checked)

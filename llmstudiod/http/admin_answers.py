@@ -113,6 +113,7 @@ def plan_answer(plan: Plan, *, launcher: str) -> dict[str, Any]:
         "n_parallel": context.n_parallel,
         "n_ctx_total": context.n_ctx_total,
         "notes": list(plan.command.notes),
+        "defaults": list(context.defaults),
         "estimate": plan.estimate.as_dict() if plan.estimate else None,
         "llama_server": {"version": plan.binary.version, "source": plan.binary.source},
         "launcher": launcher,

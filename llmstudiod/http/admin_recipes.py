@@ -36,6 +36,7 @@ from llmstudiod.supervisor import Supervisor
 YAML_KINDS = frozenset({"application/yaml", "application/x-yaml", "text/yaml"})
 MAX_BYTES = 1 << 20
 _AS_YAML = "a recipe is a JSON object, or YAML with Content-Type application/yaml"
+_RENAME = "store it as a new recipe, and delete this one"
 
 
 class AdminRecipes:
@@ -57,6 +58,7 @@ class AdminRecipes:
         self._settings = settings
         self._reload = reload
         self._launcher_name = launcher_name
+        self._making = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes."""
@@ -83,7 +85,13 @@ class AdminRecipes:
 
     async def _post(self, request: web.Request) -> web.Response:
         text, recipe = await self._read(request, model=None)
-        return await self._write(text, recipe)
+        if request.headers.get("If-None-Match") != "*":  # old clients store with POST, whether there is one or not
+            return await self._write(text, recipe)
+        async with self._making:  # of two at once the second is refused
+            if any(fault.key == "id" for fault in self._supervisor.catalogue.clashes(recipe, is_new=True)):
+                hint = "give it another id, or edit that one"
+                raise ConflictError(f"there is a recipe '{recipe.id}' already", hint=hint)
+            return await self._write(text, recipe)
 
     async def _put(self, request: web.Request) -> web.Response:
         text, recipe = await self._read(request, model=request.match_info["id"])
@@ -109,23 +117,33 @@ class AdminRecipes:
         return json_response({"success": True})
 
     async def _check(self, request: web.Request) -> web.Response:
-        """Say what is wrong with a recipe that is not stored, and what would become of it. Changes nothing."""
-        raw, file = await self._raw(request, model=None)
+        """Say what is wrong with a recipe that is not stored, and what would become of it. Changes nothing.
+
+        ``?new=true`` judges it as a POST with ``If-None-Match: *`` does, ``?id=`` as a PUT to that recipe.
+        """
+        model = request.query.get("id") or None
+        raw, file = await self._raw(request, model=model)
         loaded = _parsed(raw, file)
         faults = [*loaded.faults, *(fault for entry in loaded.entries for fault in entry.warnings)]
         is_trusted = truth(request, "trusted")  # of a file that root writes by hand, which may hold several
+        by_hand = None if is_trusted or model is None else await self._by_hand(model)
+        faults += [by_hand] if by_hand else []
         entry = loaded.entries[0] if len(loaded.entries) == 1 or (is_trusted and loaded.entries) else None
         answer: dict[str, Any] = {"recipe": None, "yaml": None, "plan": None, "placement": None, "error": None}
         if entry is not None:
             answer["yaml"] = raw.decode()
             if not is_trusted:
                 faults += await asyncio.to_thread(self._refused, entry.recipe)
+                faults += self._misnamed(entry.recipe, model, is_new=truth(request, "new"))
             answer["recipe"] = entry.recipe.as_dict()
-            answer |= await self._judged(entry)
+            judged, odd = await self._judged(entry)
+            answer |= judged
+            faults += odd
         elif loaded.entries:
             faults.append(Fault(f"holds {len(loaded.entries)} recipes; only root edits such a file"))
         answer["faults"] = [fault_answer(fault) for fault in faults]
         answer["ok"] = entry is not None and all(fault.severity is not Severity.FAULT for fault in faults)
+        answer["by_hand"] = by_hand is not None
         return json_response(answer)
 
     async def _from_command(self, request: web.Request) -> web.Response:
@@ -146,17 +164,20 @@ class AdminRecipes:
             text = await asyncio.to_thread(_text_of_file, file or "")
         return web.Response(text=text, content_type="application/yaml", headers={"Server": "llmstudiod"})
 
-    async def _judged(self, entry: RecipeEntry) -> dict[str, Any]:
+    async def _judged(self, entry: RecipeEntry) -> tuple[dict[str, Any], list[Fault]]:
+        """Return what would become of a recipe, and what is odd about it as its model is seen."""
         try:
             wish, _ = await self._planner.vet(entry, is_thorough=False, is_draft=True)
             found = await self._supervisor.preview(entry.recipe.id, wish, entry.recipe)
             plan = await self._planner.plan(entry, found.placement if found else None, is_draft=True)
         except LlmstudioError as error:
-            return {"error": error_answer(error)}
+            return {"error": error_answer(error)}, []
+        context = plan.command.context
+        odd = [note for note in context.notes if note not in context.defaults]
         return {
             "plan": plan_answer(plan, launcher=self._launcher_name),
             "placement": found and preview_answer(found, wish),
-        }
+        }, [Fault(note, key="max_model_len", severity=Severity.WARNING) for note in odd]
 
     def _refused(self, recipe: Recipe) -> list[Fault]:
         directories = self._settings().model_dirs
@@ -172,6 +193,20 @@ class AdminRecipes:
                 raise
             return file, None
         return entry.file, entry
+
+    def _misnamed(self, recipe: Recipe, model: str | None, *, is_new: bool) -> list[Fault]:
+        """Return what is wrong with the names: the path of a PUT decides on the id, other recipes on what is free."""
+        faults = self._supervisor.catalogue.clashes(recipe, is_new=is_new)
+        if model is not None and recipe.id != model:
+            faults.append(Fault(f"expected '{model}', as in the path, found '{recipe.id}'", key="id", hint=_RENAME))
+        return faults
+
+    async def _by_hand(self, model: str) -> Fault | None:
+        """Return a fault that tells that a person wrote a recipe's file, if so."""
+        entry = self._supervisor.catalogue.entries.get(model)
+        if entry is None or entry.file is None or not await self._writer.is_foreign(PurePath(entry.file).name):
+            return None
+        return Fault(f"'{entry.file}' {strict.BY_HAND}", hint="change it there: the page does not overwrite it")
 
     def _file_of(self, model: str) -> str:
         """Return the name of the file that holds a recipe, or will."""
@@ -210,15 +245,15 @@ class AdminRecipes:
         return as_meant(values, filled=filled, said=entry.recipe.as_dict())
 
     async def _raw(self, request: web.Request, *, model: str | None) -> tuple[bytes, str]:
-        """Return the text of a recipe and the name of its file."""
+        """Return the text of a recipe and the name of its file; none where only the text can say what its id is."""
         body = await request.read()
         if len(body) > MAX_BYTES:
             raise BadRequestError(f"expected a recipe of at most {MAX_BYTES} bytes, found {len(body)}")
         if request.content_type in YAML_KINDS:
-            return body, f"{model or 'recipe'}.yaml"
+            return body, f"{model}.yaml" if model else ""
         values = json_object(body, hint=_AS_YAML)
         meant = self._as_meant(values, model)
-        return _text_of(meant, model).encode(), f"{model or values.get('id') or 'recipe'}.yaml"
+        return _text_of(meant, model).encode(), f"{model}.yaml" if model else ""
 
 
 def _told(fault: Fault, request: web.Request) -> str:

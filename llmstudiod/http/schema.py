@@ -276,6 +276,7 @@ class Check(_Answer):
     plan: dict[str, Any] | None
     placement: dict[str, Any] | None
     error: Problem | None
+    by_hand: bool = Field(description="with ?id: a person wrote the file of this recipe, so it is not overwritten")
 
 
 class FromCommand(_Answer):

@@ -22,11 +22,12 @@ _WORD = {"type": "string"}
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A parameter of a query."""
+    """A parameter of a query, or a header."""
 
     name: str
     schema: dict[str, Any]
     text: str
+    place: str = "query"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ _MODEL = Query("model", {"type": "string"}, "whose slots and log are told as wel
 _LIMIT = Query("limit", {"type": "integer", "minimum": 0, "maximum": 20000}, "lines")
 _TRUSTED = Query("trusted", _TRUTH, "judge it as a file that root writes by hand")
 _N_TOKENS = {"type": "integer", "minimum": 1, "maximum": 100000}
+_NEW = Query("new", _TRUTH, "judge it as one that is to be made: an id that is taken is a fault")
+_ID = Query("id", _WORD, "judge it as this recipe's new text: another id is a fault, and `by_hand` tells of the file")
+_NONE_MATCH = Query("If-None-Match", {"const": "*"}, "store it only if there is no recipe of this id", place="header")
 RECIPE = "recipe"
 
 OPERATIONS = (
@@ -96,11 +100,15 @@ OPERATIONS = (
         query=(Query("dry_run", _TRUTH, "ask llama-server itself what it needs"),),
     ),
     Operation("get", "/recipes", "all recipes", {200: [s.Recipe]}),
-    Operation("post", "/recipes", "store a recipe", {200: s.Saved, 400: s.Problem, 409: s.Problem}, body=RECIPE),
+    Operation(
+        "post", "/recipes", "store a recipe",
+        {200: s.Saved, 400: s.Problem, 409: s.Problem},
+        body=RECIPE, query=(_NONE_MATCH,),
+    ),
     Operation(
         "post", "/recipes/check", "judge a recipe",
         {200: s.Check, 400: s.Problem},
-        body=RECIPE, query=(_TRUSTED,),
+        body=RECIPE, query=(_TRUSTED, _NEW, _ID),
     ),
     Operation(
         "post", "/recipes/from-command", "make a recipe of a llama-server command",
@@ -248,7 +256,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         if f"{{{name}}}" in operation.path
     ]
     parameters += [
-        {"name": query.name, "in": "query", "description": query.text, "schema": query.schema}
+        {"name": query.name, "in": query.place, "description": query.text, "schema": query.schema}
         for query in operation.query
     ]
     answers = {400: s.Problem, **_REFUSALS, **operation.answers}

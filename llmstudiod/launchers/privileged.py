@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmstudiod.adapters.recipe_writer import refuses_as_foreign
 from llmstudiod.core import errors
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError, LlmstudioError
@@ -102,6 +103,10 @@ class PrivilegedRecipes:
     async def delete(self, name: str) -> None:
         """Have a file removed."""
         await self._helper.ask(Write(Verb.DELETE_RECIPE, name))
+
+    async def is_foreign(self, name: str) -> bool:
+        """Return whether the launcher holds a file for a person's."""
+        return await refuses_as_foreign(self.put, name)
 
 
 class PrivilegedClient:

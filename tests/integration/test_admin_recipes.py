@@ -204,6 +204,91 @@ async def test_recipe_that_takes_anothers_name_is_refused(daemon: RunningDaemon,
     assert [fault["severity"] for fault in answer["faults"]] == ["fault"]
 
 
+async def test_new_recipe_never_takes_anothers_place(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """With ``If-None-Match: *`` of many at once one is stored; without it POST stores as old clients expect."""
+    only_new = {"headers": {"If-None-Match": "*"}}
+    posts = (
+        ask(admin, "POST", "/recipes", recipe(daemon, "one", max_model_len=256 * n), **only_new) for n in (1, 2, 3)
+    )
+    answers = await asyncio.gather(*posts)
+    assert sorted(status for status, _ in answers) == [200, 409, 409]
+    refused = next(answer for status, answer in answers if status == 409)
+    assert (refused["detail"], refused["kind"]) == ("there is a recipe 'one' already", "conflict")
+    assert (await ask(admin, "POST", "/recipes", recipe(daemon, "one", max_model_len=1024)))[0] == 200
+    assert (await ask(admin, "GET", "/recipes/one"))[1]["max_model_len"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("query", "changes", "key"),
+    [
+        ("", {"id": "one"}, None),
+        ("?new=true", {"id": "one"}, "id"),
+        ("?id=one", {"id": "one", "aliases": ["gpt-4o"]}, None),
+        ("?id=one", {"id": "two"}, None),  # the path of a PUT decides
+        ("", {"id": "two", "aliases": ["gpt-4o"]}, "aliases"),
+        ("?new=true", {"id": "two", "aliases": ["mine", "one"]}, "aliases"),
+        ("", {"id": "two", "served_model_name": "first"}, "served_model_name"),
+        ("?new=true", {"id": "gpt-4o"}, "id"),
+        ("?new=true", {"id": "broken"}, "id"),
+        ("?id=broken", {"id": "broken"}, None),
+        ("?new=true", {"id": "tiny"}, None),  # a GGUF without a recipe owns no name
+    ],
+)
+async def test_name_that_is_taken_is_told_by_the_check(
+    daemon: RunningDaemon, admin: aiohttp.ClientSession, query: str, changes: dict[str, Any], key: str | None
+) -> None:
+    """At its field, before anybody saves; a recipe does not stand in its own way."""
+    taken = recipe(daemon, "one", aliases=["gpt-4o"], served_model_name="first")
+    assert (await ask(admin, "POST", "/recipes", taken))[0] == 200
+    (daemon.home / "recipes.d" / "broken.yaml").write_text("id: broken\nmax_model_len: 5\n")
+    daemon.reload()
+    status, answer = await ask(admin, "POST", f"/recipes/check{query}", recipe(daemon) | changes)
+    assert (status, answer["ok"]) == (200, key is None), answer
+    assert [fault["key"] for fault in answer["faults"]] == [key] * (key is not None)
+
+
+async def test_another_id_in_the_yaml_of_a_recipe_is_told(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """Since the path of the PUT decides."""
+    text = f"id: other\nmodel_path: {daemon.home}/models/tiny.gguf\n"
+    answer = (await ask(admin, "POST", "/recipes/check?id=one", text, **YAML))[1]
+    assert [(fault["key"], fault["message"]) for fault in answer["faults"]] == [
+        ("id", "expected 'one', as in the path, found 'other'")
+    ]
+
+
+@pytest.mark.parametrize("model", [None, ""])
+async def test_recipe_without_an_id_is_refused(
+    daemon: RunningDaemon, admin: aiohttp.ClientSession, model: str | None
+) -> None:
+    """Nothing would tell the next such recipe from it."""
+    body = recipe(daemon) | {"id": model}
+    status, answer = await ask(admin, "POST", "/recipes", body)
+    assert (status, "id: expected an id" in answer["detail"]) == (400, True)
+    answer = (await ask(admin, "POST", "/recipes/check", body))[1]
+    assert [(fault["key"], fault["severity"]) for fault in answer["faults"]] == [("id", "fault")]
+    text = f"model_path: {daemon.home}/models/tiny.gguf\n"
+    assert (await ask(admin, "POST", "/recipes", text, **YAML))[0] == 400
+    assert (await ask(admin, "PUT", "/recipes/one", text, **YAML))[0] == 200
+
+
+async def test_check_tells_whose_file_it_is(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
+    """So that nobody edits for nothing; the question changes nothing."""
+    assert (await ask(admin, "POST", "/recipes", recipe(daemon, "ours")))[0] == 200
+    theirs = daemon.home / "recipes.d" / "theirs.yaml"
+    theirs.write_text("# by hand\n" + json.dumps(recipe(daemon, "theirs")))
+    daemon.reload()
+    before = [path.read_bytes() for path in sorted(theirs.parent.iterdir())]
+    told = {}
+    for model in ("ours", "theirs", "none"):
+        answer = (await ask(admin, "POST", f"/recipes/check?id={model}", recipe(daemon, model)))[1]
+        told[model] = (answer["by_hand"], answer["ok"], [fault["message"] for fault in answer["faults"]])
+    assert told["ours"] == told["none"] == (False, True, [])
+    assert told["theirs"] == (True, False, [f"'{theirs}' was written by hand"])
+    assert [path.read_bytes() for path in sorted(theirs.parent.iterdir())] == before
+    trusted = await ask(admin, "POST", "/recipes/check?id=theirs&trusted=true", recipe(daemon, "theirs"))
+    assert (trusted[1]["ok"], trusted[1]["by_hand"]) == (True, False)
+
+
 async def test_check_tells_what_would_become_of_it(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
     """Command line and context of a recipe that is not stored; a model that is running is not disturbed."""
     status, answer = await ask(admin, "POST", "/recipes/check", recipe(daemon, max_num_seqs=2, port=8000))
@@ -216,6 +301,17 @@ async def test_check_tells_what_would_become_of_it(daemon: RunningDaemon, admin:
         admin, "POST", "/recipes/check", recipe(daemon, model_path=f"{daemon.home}/models/no.gguf")
     )
     assert (status, "does not exist" in answer["error"]["detail"]) == (200, True)
+
+
+@pytest.mark.parametrize(("length", "is_odd"), [(512, False), (100_000, True), (None, False)])
+async def test_context_beyond_training_is_told_at_its_field(
+    daemon: RunningDaemon, admin: aiohttp.ClientSession, length: int | None, is_odd: bool
+) -> None:
+    """A default is a note that worries nobody."""
+    answer = (await ask(admin, "POST", "/recipes/check", recipe(daemon, max_model_len=length)))[1]
+    assert [(fault["key"], fault["severity"]) for fault in answer["faults"]] == [("max_model_len", "warning")] * is_odd
+    assert answer["ok"] is True
+    assert [note.startswith("max_model_len is not set") for note in answer["plan"]["defaults"]] == [True] * (not length)
 
 
 async def test_check_names_the_line_of_yaml(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:

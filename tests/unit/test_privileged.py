@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llmstudiod.adapters.recipe_files import load_recipe_file
+from llmstudiod.adapters.recipe_writer import refuses_as_foreign
 from llmstudiod.core.bound_file import model_files
 from llmstudiod.core.command import BoundFile
 from llmstudiod.core.errors import AccessDeniedError, ConfigError, LoadFailedError
@@ -487,6 +488,20 @@ def test_recipe_that_a_person_edited_is_theirs(store: Store, etc: Path) -> None:
         file.write("# mine now\n")
     with pytest.raises(AccessDeniedError, match="written by hand"):
         store.put_recipe("new.yaml", good(etc), store.settings())
+
+
+async def test_whose_file_it_is_can_be_asked(store: Store, etc: Path) -> None:
+    """By writing nothing into it, which changes nothing."""
+
+    async def write(name: str, text: str) -> None:
+        store.put_recipe(name, text, store.settings())
+
+    store.put_recipe("new.yaml", good(etc), store.settings())
+    path = put(etc, "hand.yaml", good(etc))
+    asked = {name: await refuses_as_foreign(write, name) for name in ("new.yaml", "hand.yaml", "none.yaml")}
+    assert asked == {"new.yaml": False, "hand.yaml": True, "none.yaml": False}
+    assert path.read_text() == path.with_name("new.yaml").read_text() == good(etc)
+    assert not path.with_name("none.yaml").exists()
 
 
 @pytest.mark.parametrize("line", ["id: m", "id: other\naliases: [m]", "id: other\nserved_model_name: broken"])
