@@ -1,18 +1,18 @@
 """A recipe made of a ``llama-server`` command line that somebody has already."""
 
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmstudiod.core.errors import BadRequestError
 from llmstudiod.core.flag_table import INTEGER, LIST, NUMBER, ON_OFF_AUTO, RENAMED, SWITCH, FlagKind
-from llmstudiod.core.flags import FoundFlag, find_flag, why_denied
+from llmstudiod.core.flags import FoundFlag, find_flag, modernize, why_denied
+from llmstudiod.core.pasted_command import read_pasted
+from llmstudiod.core.recipe_names import denied_environment
 
-_PROGRAM = re.compile(r"(^|/)(llama-server|server)(\.exe)?$")
-_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
+_DOWNLOADS = frozenset({"--hf-repo", "--model-url", "--docker-repo"})
 _MET_ELSEWHERE = {
     "--host": "the endpoint's address is llmstudiod.socket's",
     "--port": "the endpoint's port is llmstudiod.socket's",
@@ -31,64 +31,123 @@ class Made:
     notes: list[str] = field(default_factory=list)
 
 
-def recipe_from_command(command: str) -> Made:
-    r"""Return the recipe that starts the same server.
+def recipe_from_command(command: str, *, over_http: bool = True) -> Made:
+    """Return the recipe that starts the same server.
 
-    >>> recipe_from_command("llama-server -m /srv/models/a.gguf -c 8192 -np 2 -ngl 99 --top-k 40").recipe
-    {'id': 'a', 'model_path': '/srv/models/a.gguf', 'max_model_len': 4096, 'max_num_seqs': 2, 'n_gpu_layers': 99, \
-'extra_args': {'top-k': 40}}
+    ``over_http``: it is to be stored that way, so what only a file by hand may have is left out.
+
+    >>> made = recipe_from_command("llama-server -m /srv/models/a.gguf -c 8192 -np 2 --top-k 40").recipe
+    >>> made["id"], made["max_model_len"], made["max_num_seqs"], made["extra_args"]
+    ('a', 4096, 2, {'top-k': 40})
 
     Raises:
         BadRequestError: It is no such command.
     """
-    words, variables = _words(command)
-    made = Made()
-    _take_variables(variables, made)
-    values: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
-    for found, spelling, text in _flags(words):
-        if found is None:
-            extra[spelling.lstrip("-")] = True if text is None else text
-            if spelling not in RENAMED:  # those are spelled anew when the model is started
-                made.notes.append(f"{spelling}: not known to this llmstudiod; it is passed on if llama-server knows it")
-            continue
-        name = found.flag.names[0]
-        if found.flag.field is None and (why := why_denied(name, over_http=True)) is not None:
-            made.notes.append(f"{spelling} is left out: {_MET_ELSEWHERE.get(name, why)}")
-            continue
-        value = _value(found, spelling, text)
-        if found.flag.field is None:
-            extra[name.lstrip("-")] = _joined(extra.get(name.lstrip("-")), value)
-        else:
-            values[found.flag.field] = _joined(values.get(found.flag.field), value)
-    _settle(values, made)
-    if extra:
-        made.recipe["extra_args"] = extra
+    pasted = read_pasted(command)
+    made = Made(notes=pasted.notes)
+    _take_variables(pasted.variables, made, over_http=over_http)
+    reader = _Flags(made, over_http=over_http)
+    for found, spelling, text in _flags(pasted.words):
+        reader.take(found, spelling, text)
+    reader.finish()
     return made
 
 
-def _words(command: str) -> tuple[list[str], dict[str, str]]:
-    """Return the words after the program's name, and the variables set before it."""
-    try:
-        words = shlex.split(command.replace("\\\r\n", " ").replace("\\\n", " "), comments=True)
-    except ValueError as error:
-        raise BadRequestError(
-            f"the command cannot be read: {error}", hint="look for a quote that is not closed"
-        ) from None
-    program = next((number for number, word in enumerate(words) if _PROGRAM.search(word)), None)
-    if program is None:
-        program = next((number for number, word in enumerate(words) if word.startswith("-")), len(words)) - 1
-    before = words[: program + 1]
-    variables = dict(word.split("=", 1) for word in before if _ASSIGNMENT.match(word))
-    return words[program + 1 :], variables
-
-
-def _take_variables(variables: dict[str, str], made: Made) -> None:
+def _take_variables(variables: dict[str, str], made: Made, *, over_http: bool) -> None:
     for name, value in variables.items():
         if name == _GPU_VARIABLE:
             made.recipe["gpus"] = [item.strip() for item in value.split(",") if item.strip()] or "none"
+        elif why := denied_environment(name):
+            made.notes.append(f"the variable {name} is left out: {why}")
+        elif over_http:
+            made.notes.append(
+                f"the variable {name} is left out: recipes over HTTP have none; name it in env_vars of a file by hand"
+            )
         else:
-            made.notes.append(f"the variable {name} is left out: name it in env_vars if the model needs it")
+            made.recipe.setdefault("env_vars", {})[name] = value
+
+
+@dataclass(slots=True)
+class _Flags:
+    """Sorts the flags into fields and extra_args."""
+
+    made: Made
+    over_http: bool
+    values: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    old: dict[str, object] = field(default_factory=dict)
+    download: str | None = None
+
+    def take(self, found: FoundFlag | None, spelling: str, text: str | None) -> None:
+        """Take one flag."""
+        if found is None:
+            self._take_unlisted(spelling, text)
+            return
+        name = found.flag.names[0]
+        if found.flag.field is None and (why := why_denied(name, over_http=True)) is not None:
+            self.download = text or spelling if name in _DOWNLOADS else self.download
+            self.made.notes.append(f"{spelling} is left out: {_MET_ELSEWHERE.get(name, why)}")
+            return
+        value = _value(found, spelling, text)
+        if found.flag.field is None:
+            self.extra[name.lstrip("-")] = _joined(self.extra.get(name.lstrip("-")), value)
+        elif _is_default(found.flag.field, value):
+            self.made.notes.append(f"{spelling} {text} is left out: it is llama-server's word for its own choice")
+        else:
+            self.values[found.flag.field] = _joined(self.values.get(found.flag.field), value)
+
+    def _take_unlisted(self, spelling: str, text: str | None) -> None:
+        renamed = RENAMED.get(spelling)
+        if renamed is None:
+            self._take_unknown(spelling, text)
+        elif renamed.flag is None:
+            self.made.notes.append(f"{spelling} is left out: llama-server has it no more; {renamed.hint}")
+        elif renamed.on is not None:
+            self.old[spelling] = True
+        elif successor := find_flag(renamed.flag):
+            self.take(successor, spelling, text)
+
+    def _take_unknown(self, spelling: str, text: str | None) -> None:
+        name = spelling.lstrip("-")
+        if why := why_denied(spelling, over_http=False):
+            self.made.notes.append(f"{spelling} is left out: {why}")
+        elif self.over_http:
+            self.made.notes.append(
+                f"{spelling}: not known to this llmstudiod, so it is left out; extra_args of a file by hand may have it"
+            )
+        else:
+            self.extra[name] = True if text is None else text
+            self.made.notes.append(
+                f"{spelling}: not known to this llmstudiod; it is passed on, and a start fails if llama-server "
+                "does not know it either"
+            )
+
+    def finish(self) -> None:
+        """Put the recipe together."""
+        if "model_path" not in self.values and self.download is not None:
+            raise BadRequestError(
+                f"the command names no file: llmstudiod does not download '{self.download[:200]}'",
+                hint="download it first, such as by `hf download REPO FILE.gguf --local-dir /srv/models`, "
+                "and write `-m /srv/models/FILE.gguf` instead",
+            )
+        try:
+            modern = modernize(self.old, known=frozenset())
+        except ValueError as error:
+            raise BadRequestError(str(error)) from None
+        for flag, value in modern.extra_args.items():
+            found = find_flag(flag)
+            if found is not None and found.flag.field is not None:
+                self.values.setdefault(found.flag.field, value)
+        self.made.notes += modern.notes
+        _settle(self.values, self.made)
+        if self.extra:
+            self.made.recipe["extra_args"] = self.extra
+
+
+def _is_default(name: str, value: object) -> bool:
+    """Whether a value is one of those by which llama-server chooses itself: negative, or no thread at all."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return is_number and (int(str(value)) < 0 or (name == "threads" and value == 0))
 
 
 def _flags(words: list[str]) -> Iterator[tuple[FoundFlag | None, str, str | None]]:
@@ -101,19 +160,22 @@ def _flags(words: list[str]) -> Iterator[tuple[FoundFlag | None, str, str | None
             raise BadRequestError(f"expected a flag of llama-server, found '{word[:100]}'")
         spelling, equals, text = word.partition("=")
         found = find_flag(spelling)
+        if found is None and spelling.startswith("--") and (short := find_flag(spelling[1:])):
+            found, spelling = short, spelling[1:]  # a long dash may have been one
         if equals:
             yield found, spelling, text
             continue
         follower = words[number] if number < len(words) else None
-        if _takes_value(found, follower):
+        if _takes_value(found, spelling, follower):
             number += 1
             yield found, spelling, follower
         else:
             yield found, spelling, None
 
 
-def _takes_value(found: FoundFlag | None, follower: str | None) -> bool:
-    if follower is None or (found is not None and found.flag.kind is SWITCH):
+def _takes_value(found: FoundFlag | None, spelling: str, follower: str | None) -> bool:
+    is_old_switch = spelling in RENAMED and RENAMED[spelling].on is not None
+    if follower is None or is_old_switch or (found is not None and found.flag.kind is SWITCH):
         return False
     looks_like_flag = follower.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", follower)
     return found is not None and found.flag.kind is not ON_OFF_AUTO if looks_like_flag else True
@@ -161,6 +223,8 @@ def _settle(values: dict[str, Any], made: Made) -> None:
     path = values.pop("model_path", None)
     if path is None:
         raise BadRequestError("the command names no model", hint="expected `-m FILE.gguf`")
+    if re.match(r"[A-Za-z]:[\\/]", path):
+        made.notes.append(f"'{path}' is a path of Windows: name where the file lies on this machine")
     name = values.pop("served_model_name", None)
     stem = re.sub(r"(?:[^a-z0-9._]|-)+", "-", re.split(r"[/\\]", path)[-1].removesuffix(".gguf").lower())
     made.recipe = {

@@ -79,11 +79,12 @@ def from_command(client: Client, arguments: argparse.Namespace) -> int:
     if not command.strip():
         hint = "give it behind from-command, or on the standard input"
         raise BadRequestError("expected a llama-server command, found nothing", hint=hint)
-    made = client.post("recipes", "from-command", body={"command": command})
+    query = "" if arguments.save else "trusted=true"  # what is printed goes into a file by hand, which may hold more
+    made = client.post("recipes", "from-command", body={"command": command}, query=query)
     made["recipe"] = {name: _absolute_field(name, value) for name, value in made["recipe"].items()}
     if arguments.id:
         made["recipe"]["id"] = arguments.id
-    checked = client.post("recipes", "check", body=made["recipe"])
+    checked = client.post("recipes", "check", body=made["recipe"], query=query)
     made["yaml"] = checked["yaml"] or made["yaml"]
     for note in made["notes"]:
         print(f"note: {note}", file=sys.stderr)

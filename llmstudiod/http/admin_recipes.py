@@ -152,7 +152,8 @@ class AdminRecipes:
         from llmstudiod.core.from_command import recipe_from_command
         from llmstudiod.http.questions import CommandLine, parsed
 
-        made = recipe_from_command((await parsed(CommandLine, request)).command)
+        is_for_file = truth(request, "trusted")
+        made = recipe_from_command((await parsed(CommandLine, request)).command, over_http=not is_for_file)
         return json_response({"yaml": yaml_text(made.recipe), "recipe": made.recipe, "notes": made.notes})
 
     async def _file(self, request: web.Request) -> web.Response:

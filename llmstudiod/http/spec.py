@@ -113,7 +113,7 @@ OPERATIONS = (
     Operation(
         "post", "/recipes/from-command", "make a recipe of a llama-server command",
         {200: s.FromCommand, 400: s.Problem},
-        body=q.CommandLine,
+        body=q.CommandLine, query=(_TRUSTED,),
     ),
     Operation("get", "/recipes/{id}", "a recipe", {200: s.Recipe, 404: s.Problem}),
     Operation(

@@ -339,6 +339,7 @@ def test_command_becomes_a_recipe(daemon: RunningDaemon) -> None:
     assert "top-k: 20" in printed.stdout
     assert "note: --port is left out" in printed.stderr
     assert daemon.ctl("recipe", "from-command", *command.split()).stdout == printed.stdout
+    assert "GGML_X: '1'" in ctl(daemon, "recipe", "from-command", stdin=f"GGML_X=1 {command}").stdout
     saved = daemon.ctl(
         "recipe", "from-command", "--save", "--", *command.replace("tiny.gguf", "tiny.gguf --alias mine").split()
     )
