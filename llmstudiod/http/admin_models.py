@@ -68,6 +68,8 @@ class AdminModels:
         found: dict[Path, list[str]] = {}
         directories = self._settings().model_dirs
         for model, entry in self._supervisor.catalogue.entries.items():
+            if entry.file is None:  # served without one
+                continue
             places = real_paths(entry.recipe.model_path, directories)[1:]  # a relative one is not looked up below /
             path = next(filter(_is_there, places), None)
             if path is not None:

@@ -129,9 +129,9 @@ class AdminRecipes:
         by_hand = None if is_trusted or model is None else await self._by_hand(model)
         faults += [by_hand] if by_hand else []
         entry = loaded.entries[0] if len(loaded.entries) == 1 or (is_trusted and loaded.entries) else None
-        answer: dict[str, Any] = {"recipe": None, "yaml": None, "plan": None, "placement": None, "error": None}
+        text = raw.decode("utf-8", "replace")  # of a faulty one too, so that it can be mended as YAML
+        answer: dict[str, Any] = {"recipe": None, "yaml": text, "plan": None, "placement": None, "error": None}
         if entry is not None:
-            answer["yaml"] = raw.decode()
             if not is_trusted:
                 faults += await asyncio.to_thread(self._refused, entry.recipe)
                 faults += self._misnamed(entry.recipe, model, is_new=truth(request, "new"))
@@ -292,4 +292,5 @@ def _parsed(raw: bytes, file: str) -> LoadedRecipes:
     from llmstudiod.core.recipe_reader import parse_recipe_bytes  # slow to import: nobody waits for it at a start
 
     loaded = parse_recipe_bytes(raw, file=file)
-    return LoadedRecipes(loaded.entries, tuple(replace(fault, file="") for fault in loaded.faults))
+    entries = tuple(replace(entry, file=file or f"{entry.recipe.id}.yaml") for entry in loaded.entries)
+    return LoadedRecipes(entries, tuple(replace(fault, file="") for fault in loaded.faults))

@@ -17,8 +17,8 @@ let whenSignedOut = () => {};
 /** Have a function called when the daemon wants somebody to sign in. */
 export function onSignedOut(action) { whenSignedOut = action; }
 
-export async function call(method, path, { body, type, signal } = {}) {
-  const headers = {};
+export async function call(method, path, { body, type, signal, headers: more } = {}) {
+  const headers = { ...more };
   let payload;
   if (body !== undefined) {
     headers["Content-Type"] = type ?? "application/json";

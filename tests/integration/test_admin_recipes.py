@@ -266,6 +266,7 @@ async def test_recipe_without_an_id_is_refused(
     assert (status, "id: expected an id" in answer["detail"]) == (400, True)
     answer = (await ask(admin, "POST", "/recipes/check", body))[1]
     assert [(fault["key"], fault["severity"]) for fault in answer["faults"]] == [("id", "fault")]
+    assert "max_model_len: 512" in answer["yaml"]  # to be mended as such
     text = f"model_path: {daemon.home}/models/tiny.gguf\n"
     assert (await ask(admin, "POST", "/recipes", text, **YAML))[0] == 400
     assert (await ask(admin, "PUT", "/recipes/one", text, **YAML))[0] == 200
@@ -328,6 +329,18 @@ async def test_recipes_that_come_at_once_are_all_kept(daemon: RunningDaemon, adm
     answers = await asyncio.gather(*(ask(admin, "POST", "/recipes", recipe(daemon, f"m{n}")) for n in range(8)))
     assert [status for status, _ in answers] == [200] * 8
     assert len((await ask(admin, "GET", "/recipes"))[1]) == 8
+
+
+async def test_file_has_a_recipe_only_where_somebody_wrote_one(tmp_path: Path) -> None:
+    """A GGUF that is served without one can still be given its own id."""
+    (tmp_path / "models").mkdir()
+    write_tiny_gguf(tmp_path / "models" / "tiny.gguf")
+    with running_daemon(tmp_path) as daemon:
+        (found,) = daemon.admin.get("v1", "studio", "models")["models"]
+        assert (found["id"], found["has_recipe"], found["recipe_ids"]) == ("tiny", False, [])
+        daemon.admin.post("recipes", body={"id": "mine", "model_path": found["path"]})
+        (found,) = daemon.admin.get("v1", "studio", "models")["models"]
+        assert (found["has_recipe"], found["recipe_ids"]) == (True, ["mine"])
 
 
 async def test_gguf_without_a_recipe_cannot_be_deleted(tmp_path: Path) -> None:

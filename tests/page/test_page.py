@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
 from tests.integration.nvml_stub import GIB, gpu
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
 from tests.page.conftest import open_page
@@ -60,7 +62,7 @@ def test_life_of_a_model(signed_in: Page, daemon: RunningDaemon, shot: Shot) -> 
     page.get_by_label("GGUF file").fill(path)
     page.keyboard.press("Tab")
     expect(page.get_by_label("Id", exact=True)).to_have_value("spare-1b-f16")
-    verdict = page.get_by_label("What would become of it")
+    verdict = page.get_by_label("Preview")
     expect(verdict).to_contain_text("The recipe is good.")
     kv = verdict.get_by_role("row", name=re.compile("KV cache")).get_by_role("cell")
     page.get_by_label("Context", exact=True).fill("512")
@@ -142,7 +144,7 @@ def test_odd_values_are_warned_of(signed_in: Page, daemon: RunningDaemon) -> Non
     page.get_by_role("link", name="New recipe").click()
     page.get_by_label("GGUF file").fill(str(daemon.home / "models" / "spare-1b-f16.gguf"))
     page.keyboard.press("Tab")
-    verdict = page.get_by_label("What would become of it")
+    verdict = page.get_by_label("Preview")
     expect(verdict).to_contain_text("The recipe is good.")
     page.get_by_label("Context", exact=True).fill("999999")
     expect(verdict.locator(".warn, .warning").first).to_contain_text("999")
@@ -204,13 +206,13 @@ def test_yaml_tells_the_line(signed_in: Page, daemon: RunningDaemon, shot: Shot)
     expect(page.locator(".field .told").first).to_contain_text("model directories")
     page.get_by_label("GGUF file").fill(str(daemon.home / "models" / "spare-1b-f16.gguf"))
     page.get_by_label("Context", exact=True).fill("100000")
-    expect(page.get_by_label("What would become of it")).to_contain_text("over the model's 2048 tokens")
+    expect(page.get_by_label("Preview")).to_contain_text("over the model's 2048 tokens")
     page.get_by_role("tab", name="YAML").click()
     editor = page.get_by_label("The recipe as YAML")
     expect(editor).to_have_value(re.compile("max_model_len: 100000"))
     editor.fill(f"# mine\nid: wrong\nmodel_path: {daemon.home}/models/spare-1b-f16.gguf\nmax_model_len: much\n")
     expect(page.locator(".gutter .bad")).to_contain_text("4")
-    expect(page.get_by_label("What would become of it")).to_contain_text("line 4: max_model_len: expected")
+    expect(page.get_by_label("Preview")).to_contain_text("line 4: max_model_len: expected")
     expect(page.get_by_role("button", name="Save", exact=True)).to_be_disabled()
     shot("yaml")
     editor.fill(f"# mine\nid: wrong\nmodel_path: {daemon.home}/models/spare-1b-f16.gguf\nmax_model_len: 512\n")
@@ -237,18 +239,269 @@ def test_command_becomes_a_recipe(signed_in: Page, daemon: RunningDaemon) -> Non
     expect(page.get_by_label("Slots", exact=True)).to_have_value("2")
     expect(page.get_by_label("extra_args")).to_have_value("top-k: 40")
     expect(page.get_by_role("status").filter(has_text="--port")).to_be_visible()
-    expect(page.get_by_label("What would become of it")).to_contain_text("The recipe is good.")
+    expect(page.get_by_label("Preview")).to_contain_text("The recipe is good.")
 
 
-def test_recipe_written_by_hand_is_refused_with_a_reason(signed_in: Page) -> None:
-    """Its comments are worth more than the form."""
+def test_recipe_written_by_hand_is_refused_with_a_reason(signed_in: Page, daemon: RunningDaemon, shot: Shot) -> None:
+    """At once, since its comments are worth more than the form; what would become of it can be tried and copied."""
     page = signed_in
     page.goto(f"{page.url.split('#')[0]}#/recipe/tiny")
     expect(page.get_by_label("Name", exact=True)).to_have_value("Tiny chat")
-    page.get_by_label("Name", exact=True).fill("Other name")
-    expect(page.get_by_label("What would become of it")).to_contain_text("The recipe is good.")
+    expect(page.locator(".why.warn").first).to_contain_text("was written by hand, so it is not overwritten here")
+    page.get_by_label("Context", exact=True).fill("2048")
+    expect(page.get_by_label("Preview")).to_contain_text("2,048 tokens for each")
+    expect(page.get_by_label("Preview")).to_contain_text("The recipe is good.")
+    expect(page.get_by_role("button", name="Save", exact=True)).to_be_disabled()
+    expect(page.get_by_role("button", name="Delete")).to_be_hidden()
+    expect(page.get_by_label("Preview").locator("pre").last).to_contain_text("max_model_len: 2048")
+    page.get_by_role("button", name="Copy the YAML").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    shot("by-hand")
+
+
+def new_recipe(page: Page, daemon: RunningDaemon, model: str = "spare-1b-f16") -> None:
+    """Open the form for a file on disk."""
+    page.get_by_role("link", name="New recipe").click()
+    page.get_by_label("GGUF file").fill(str(daemon.home / "models" / f"{model}.gguf"))
+    expect(page.get_by_label("Id", exact=True)).not_to_have_value("")
+    expect(page.get_by_label("Preview")).to_contain_text("The recipe is good.")
+
+
+def stored(daemon: RunningDaemon, model: str, **more: object) -> None:
+    """Have a recipe that came over HTTP."""
+    path = str(daemon.home / "models" / "spare-1b-f16.gguf")
+    daemon.admin.post("recipes", body={"id": model, "model_path": path, "max_model_len": 512} | more)
+
+
+def test_new_recipe_takes_nobodys_place(signed_in: Page, daemon: RunningDaemon) -> None:
+    """An id or a name that is taken is told at its field; without an id nothing is saved."""
+    page = signed_in
+    stored(daemon, "first", aliases=["gpt-4o"])
+    new_recipe(page, daemon)
+    saving = page.get_by_role("button", name="Save", exact=True)
+    expect(saving).to_be_enabled()
+    page.get_by_label("Id", exact=True).fill("first")
+    expect(page.locator(".field.bad").filter(has=page.get_by_label("Id", exact=True))).to_contain_text("free")
+    expect(saving).to_be_disabled()
+    page.get_by_label("Id", exact=True).fill("")
+    expect(page.get_by_label("Preview")).to_contain_text("id: expected an id")
+    expect(saving).to_be_disabled()
+    page.get_by_label("Id", exact=True).fill("second")
+    expect(saving).to_be_enabled()
+    page.get_by_text("Names", exact=True).click()
+    page.get_by_label("Aliases").fill("gpt-4o")
+    expect(page.locator(".field.bad .told:visible")).to_contain_text("which recipe 'first' has")
+    expect(saving).to_be_disabled()
+    page.get_by_label("Aliases").fill("")
+    expect(saving).to_be_enabled()
+    stored(daemon, "second", max_model_len=1024)  # by somebody else, meanwhile
+    saving.click()
+    expect(page.locator(".note.error")).to_contain_text("there is a recipe 'second' already")
+    assert daemon.admin.get("recipes", "second")["max_model_len"] == 1024
+
+
+def test_id_stays_and_a_copy_gets_another(signed_in: Page, daemon: RunningDaemon) -> None:
+    """Duplicate opens the new form with all but the names."""
+    page = signed_in
+    stored(daemon, "first", name="First", aliases=["gpt-4o"], limits={"nice": 5})
+    page.goto(f"{page.url.split('#')[0]}#/recipe/gpt-4o")
+    expect(page.get_by_label("Id", exact=True)).to_have_value("first")
+    expect(page.get_by_label("Id", exact=True)).not_to_be_editable()
+    page.get_by_role("link", name="Duplicate").click()
+    expect(page.get_by_label("Id", exact=True)).to_have_value("first-2")
+    expect(page.get_by_label("Name", exact=True)).to_have_value("First (copy)")
     page.get_by_role("button", name="Save", exact=True).click()
-    expect(page.locator(".note.error")).to_contain_text("was written by hand")
+    page.get_by_role("heading", name="First (copy)", level=1).wait_for()
+    copied = daemon.admin.get("recipes", "first-2")
+    assert (copied["max_model_len"], copied["limits"], copied.get("aliases")) == (512, {"nice": 5}, None)
+
+
+def test_form_and_yaml_lose_nothing_of_each_other(signed_in: Page, daemon: RunningDaemon) -> None:
+    """What was edited goes along, comments stay until the form is touched, and a faulty text is not left."""
+    page = signed_in
+    path = daemon.home / "models" / "spare-1b-f16.gguf"
+    text = f"# why it is here\nid: noted\nmodel_path: {path}\nmax_model_len: 512  # enough\n"
+    daemon.admin.post_text("recipes", text=text)
+    page.goto(f"{page.url.split('#')[0]}#/recipe/noted")
+    context = page.get_by_label("Context", exact=True)
+    editor = page.get_by_label("The recipe as YAML")
+    form, yaml = page.get_by_role("tab", name="Form"), page.get_by_role("tab", name="YAML")
+    expect(context).to_have_value("512")
+    yaml.click()
+    expect(editor).to_have_value(text)
+    editor.fill(text.replace("512", "1024"))
+    form.click()
+    expect(context).to_have_value("1024")
+    yaml.click()
+    expect(editor).to_have_value(text.replace("512", "1024"))
+    form.click()
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_role("heading", name="noted", level=1).wait_for()
+    assert daemon.admin.text("recipes", "noted", "file") == text.replace("512", "1024")
+    page.goto(f"{page.url.split('#')[0]}#/recipe/noted")
+    context.fill("256")
+    yaml.click()
+    expect(page.locator(".note")).to_contain_text(["its comments go"])
+    expect(editor).to_have_value(re.compile("max_model_len: 256"))
+    editor.fill("id: noted\nmax_model_len: [\n")
+    form.click()
+    expect(page.locator(".note.error")).to_contain_text("The YAML has faults")
+    expect(editor).to_be_visible()
+
+
+def test_leaving_loses_nothing(signed_in: Page, daemon: RunningDaemon) -> None:
+    """A link, going back, signing in again: the changes are there, and can be discarded. A reload asks first."""
+    page = signed_in
+    stored(daemon, "first")
+    place = f"{page.url.split('#')[0]}#/recipe/first"
+    page.goto(place)
+    context = page.get_by_label("Context", exact=True)
+    expect(context).to_have_value("512")
+    context.fill("1024")
+    page.get_by_role("link", name="Usage").click()
+    page.get_by_role("heading", name="Usage", level=1).wait_for()
+    page.go_back()
+    expect(context).to_have_value("1024")
+    expect(page.get_by_text("Unsaved changes were kept.")).to_be_visible()
+    page.context.clear_cookies()
+    context.fill("768")
+    page.get_by_label("Code or admin key").fill(daemon.admin.post("web", "code")["code"])
+    page.keyboard.press("Enter")
+    expect(context).to_have_value("768")
+    asked: list[str] = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    page.evaluate("setTimeout(() => location.reload())")
+    wait_until(lambda: page.wait_for_timeout(50) or asked)
+    assert asked == ["beforeunload"]
+    page.get_by_role("button", name="Discard").click()
+    expect(context).to_have_value("512")
+    page.get_by_role("link", name="Usage").click()
+    page.goto(place)
+    expect(context).to_have_value("512")
+    expect(page.get_by_text("Unsaved changes were kept.")).to_be_hidden()
+
+
+def test_what_is_pasted_and_left_out_stays_told(signed_in: Page, daemon: RunningDaemon) -> None:
+    """In a list above the form, for as long as one looks at it."""
+    page = signed_in
+    page.get_by_role("link", name="New recipe").click()
+    page.get_by_role("tab", name="Form").focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_role("tab", name="From a command")).to_be_focused()
+    expect(page.get_by_role("tabpanel", name="From a command")).to_be_visible()
+    path = daemon.home / "models"
+    page.get_by_label("A llama-server command").fill(
+        f"docker run -p 1:2 -v {path}:/m img -m /m/spare-1b-f16.gguf --no-mmap --mlock --port 1 > log &"
+    )
+    page.get_by_role("button", name="Make a recipe of it").click()
+    notes = page.locator(".told-notes li")
+    expect(notes.filter(has_text="--port is left out")).to_be_visible()
+    expect(notes.filter(has_text="on this machine")).to_be_visible()
+    expect(page.get_by_label("GGUF file")).to_have_value(f"{path}/spare-1b-f16.gguf")
+    expect(page.get_by_label("Load mode")).to_have_value("mlock")
+    expect(page.get_by_label("Preview")).to_contain_text("The recipe is good.")
+    expect(page.get_by_role("button", name="Save", exact=True)).to_be_enabled()
+
+
+def test_faults_stand_at_their_fields(signed_in: Page, daemon: RunningDaemon) -> None:
+    """Also of one part of a list, of a flag, and of a line that is none; what is odd is marked, a default is not."""
+    page = signed_in
+    new_recipe(page, daemon)
+    preview = page.get_by_label("Preview")
+    expect(preview.locator("p", has_text="max_model_len is not set")).to_have_class("quiet small")
+    page.get_by_text("GPUs and split").click()
+    page.get_by_label("Tensor split").fill("3,x")
+    at_split = page.locator(".field.bad").filter(has=page.get_by_label("Tensor split"))
+    expect(at_split).to_contain_text("found 'x'")
+    page.get_by_label("Tensor split").fill("")
+    page.get_by_label("Context", exact=True).fill("100000")
+    expect(page.locator(".field.odd").filter(has=page.get_by_label("Context", exact=True))).to_contain_text("over the")
+    page.get_by_label("Context", exact=True).fill("")
+    page.get_by_text("Other flags").click()
+    extra = page.get_by_label("extra_args")
+    for line in ("# mine", '"top-k": 40', "- top-k 40", "top k 40"):
+        extra.fill(f"temp: 0.5\n\n{line}")
+        expect(page.locator(".field.bad").filter(has=extra)).to_contain_text("line 3 is not NAME: VALUE")
+        expect(page.get_by_role("button", name="Save", exact=True)).to_be_disabled()
+    extra.fill("--top-k 40\nswa-full")
+    expect(preview).to_contain_text("The recipe is good.")
+    expect(preview.locator("pre").last).to_contain_text("top-k: 40")
+    extra.fill("top-k: many")
+    expect(page.locator(".field.bad").filter(has=extra)).to_contain_text("whole number")
+    expect(preview.locator("pre").last).to_contain_text("top-k: many")
+
+
+def test_check_is_made_again_after_a_restart(page: Page, tmp_path: Path) -> None:
+    """What could not be asked is asked when the daemon is back; nothing can be saved meanwhile."""
+    (tmp_path / "models").mkdir()
+    write_tiny_gguf(tmp_path / "models" / "spare-1b-f16.gguf", TinyModel())
+    state = tmp_path / "state"
+    state.mkdir()
+    saving = page.get_by_role("button", name="Save", exact=True)
+    with running_daemon(tmp_path, state_directory=state) as first:
+        settings = {"listen": [f"127.0.0.1:{first.port}"]}
+        open_page(page, first)
+        new_recipe(page, first)
+        expect(saving).to_be_enabled()
+    expect(page.get_by_label("Preview")).to_contain_text("the daemon cannot be reached")
+    expect(saving).to_be_disabled()
+    page.get_by_label("Context", exact=True).fill("512")
+    with running_daemon(tmp_path, state_directory=state, **settings):
+        expect(page.get_by_label("Preview")).to_contain_text("512 tokens for each")
+        expect(saving).to_be_enabled()
+
+
+def test_recipe_that_is_not_there_is_told(signed_in: Page, daemon: RunningDaemon) -> None:
+    """And a model without one has none that could be deleted."""
+    page = signed_in
+    page.goto(f"http://localhost:{daemon.port}/#/recipe/nosuch")
+    page.get_by_role("heading", name="There is no such recipe").wait_for()
+    expect(page.get_by_role("button", name="Save", exact=True)).to_have_count(0)
+    page.goto(f"http://localhost:{daemon.port}/#/recipe/spare-1b-f16")
+    expect(page.get_by_role("main")).to_contain_text("It has no recipe yet")
+    expect(page.get_by_role("button", name="Save", exact=True)).to_be_enabled()
+    expect(page.get_by_role("button", name="Delete")).to_have_count(0)
+
+
+def test_file_is_picked_from_what_is_on_disk(signed_in: Page, daemon: RunningDaemon, shot: Shot) -> None:
+    """With what its header says; by keys as well; the id follows until it is typed."""
+    page = signed_in
+    page.get_by_role("link", name="New recipe").click()
+    path = page.get_by_label("GGUF file")
+    path.click()
+    options = page.get_by_role("listbox", name="Files on disk").get_by_role("option")
+    expect(options).to_have_count(2)
+    expect(options.filter(has_text="tiny-chat.gguf")).to_contain_text("has a recipe: tiny")
+    expect(options.filter(has_text="tiny-chat.gguf")).to_contain_text("trained for 2,048 tokens")
+    shot("files")
+    path.fill("spare f16")
+    expect(options).to_have_count(1)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(path).to_have_value(str(daemon.home / "models" / "spare-1b-f16.gguf"))
+    expect(page.get_by_label("Id", exact=True)).to_have_value("spare-1b-f16")
+    path.fill(str(daemon.home / "models" / "tiny-chat.gguf"))
+    expect(page.get_by_label("Id", exact=True)).to_have_value("tiny-chat")
+    page.get_by_label("Id", exact=True).fill("mine")
+    path.click()
+    options.filter(has_text="spare").click()
+    expect(page.get_by_label("Id", exact=True)).to_have_value("mine")
+
+
+def test_command_line_can_be_pasted(signed_in: Page, daemon: RunningDaemon) -> None:
+    """Into a shell: what has blanks or quotes in it stays one word."""
+    page = signed_in
+    new_recipe(page, daemon)
+    page.get_by_text("Names", exact=True).click()
+    page.get_by_label("Served name").fill("it's mine $HOME")
+    line = page.get_by_label("Preview").locator("details", has_text="Command line")
+    line.locator("summary").click()
+    page.get_by_label("Context", exact=True).fill("512")
+    expect(page.get_by_label("Preview")).to_contain_text("512 tokens for each")  # it stays open meanwhile
+    expect(line.locator("pre")).to_contain_text("--alias 'it'\\''s mine $HOME'")
+    assert "it's mine $HOME" in shlex.split(line.locator("pre").inner_text())
+    line.get_by_role("button", name="Copy").click()
+    expect(line.get_by_role("button", name="Copied")).to_be_visible()
 
 
 def test_try_it_stops_and_embeds(signed_in: Page, daemon: RunningDaemon) -> None:

@@ -90,6 +90,6 @@ def test_models_in_every_state(page: Page, machine: tuple[RunningDaemon, Path], 
     page.keyboard.press("Tab")
     page.get_by_label("Id", exact=True).fill("llama-long")
     page.get_by_label("Context", exact=True).fill("999999")
-    verdict = page.get_by_label("What would become of it")
+    verdict = page.get_by_label("Preview")
     expect(verdict.locator(".warn").first).to_be_visible()
     shot("recipe")
