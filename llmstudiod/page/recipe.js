@@ -109,14 +109,13 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   const doubling = !isNew && h("a", { class: "button", href: `#/recipe?copy=${encodeURIComponent(id)}` }, "Duplicate");
 
   put(main,
-    h("div", { class: "head" }, h("h1", {}, isNew ? "New recipe" : `Recipe of ${id}`)),
+    h("div", { class: "head" }, h("h1", {}, isNew ? "New recipe" : `Recipe of ${id}`), h("div", { class: "form-bar" }, chip, removing, doubling, saving, launching)),
     !isNew && !isFile && h("p", { class: "quiet" }, "It has no recipe yet and is served with defaults; saving writes one."),
     kept, byHandTold, notes,
     h("div", { class: "grid" },
       h("section", { class: "sheet", "aria-label": "Recipe" }, tabs.element, formPanel, editor.element, pastePanel),
       h("section", { class: "sheet aside", tabindex: 0, "aria-label": "Preview" }, h("h2", {}, "Preview"), verdict, faultList, plan,
-        h("h3", {}, "As YAML"), copyButton(() => preview.textContent, "Copy the YAML"), preview)),
-    h("div", { class: "form-bar" }, chip, removing, doubling, saving, launching));
+        h("h3", {}, "As YAML"), copyButton(() => preview.textContent, "Copy the YAML"), preview)));
 
   function drawBackend() {
     for (const { first: list, groups } of Object.values(BACKENDS)) for (const [name] of [...list, ...groups.flatMap((each) => each[1])]) fields.delete(name);
@@ -281,7 +280,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     if (removing) removing.hidden = answer.by_hand;
     drawByHand(answer);
     put(faultList,
-      faults.map((fault) => h("li", { class: fault.severity }, [!isForm && fault.line ? `line ${fault.line}: ` : "", fault.key ? `${fault.key}: ` : "", fault.message].join(""), fault.hint && h("div", { class: "quiet" }, fault.hint))),
+      faults.map((fault) => h("li", { class: fault.severity === "warning" ? "warning warn" : "fault" }, [!isForm && fault.line ? `line ${fault.line}: ` : "", fault.key ? `${fault.key}: ` : "", fault.message].join(""), fault.hint && h("div", { class: "quiet" }, fault.hint))),
       error && h("li", { class: "fault" }, error.detail, error.hint && h("div", { class: "quiet" }, error.hint)));
     if (!isForm) editor.draw(faults);
     const open = new Set([...plan.querySelectorAll("details[open] > summary")].map((each) => each.textContent));

@@ -403,6 +403,19 @@ def test_what_is_pasted_and_left_out_stays_told(signed_in: Page, daemon: Running
     expect(page.get_by_role("button", name="Save", exact=True)).to_be_enabled()
 
 
+def test_verdict_is_in_sight_on_a_phone(signed_in: Page, daemon: RunningDaemon, shot: Shot) -> None:
+    """With the buttons, at the bottom, wherever one is in the form."""
+    page = signed_in
+    page.set_viewport_size({"width": 360, "height": 740})
+    new_recipe(page, daemon)
+    for place in (0, 600):
+        page.evaluate(f"window.scrollTo(0, {place})")
+        bar = page.locator(".form-bar")
+        expect(bar).to_contain_text("The recipe is good.")
+        expect(bar.get_by_role("button", name="Save", exact=True)).to_be_in_viewport()
+    shot("form-phone")
+
+
 def test_faults_stand_at_their_fields(signed_in: Page, daemon: RunningDaemon) -> None:
     """Also of one part of a list, of a flag, and of a line that is none; what is odd is marked, a default is not."""
     page = signed_in
