@@ -5,13 +5,13 @@ Either way a file that a person wrote, or has edited since, is left alone: its c
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from llmstudiod.adapters.recipe_files import SUFFIXES, load_recipe_file
 from llmstudiod.core import strict
-from llmstudiod.core.errors import ConfigError, LlmstudioError
+from llmstudiod.core.errors import ConfigError
 from llmstudiod.core.recipe import LoadedRecipes
 from llmstudiod.core.recipe_reader import parse_recipe_bytes
 from llmstudiod.core.settings import Settings
@@ -41,19 +41,6 @@ class RecipeWriter(Protocol):
         """Return whether a person wrote a file, so that it would be neither written nor removed."""
 
 
-async def refuses_as_foreign(put: Callable[[str, str], Awaitable[None]], name: str) -> bool:
-    """Return whether ``put`` takes a file for a person's.
-
-    It is asked to write an empty text: whose the file is is judged first, and an empty text is no recipe, so nothing
-    is written either way. The launcher alone knows what it wrote, and needs no further verb like this.
-    """
-    try:
-        await put(name, "")
-    except LlmstudioError as error:
-        return strict.BY_HAND in error.message
-    return False
-
-
 class OwnRecipes:
     """Writes them itself, with a first line that tells whether anybody has edited the rest since."""
 
@@ -73,7 +60,7 @@ class OwnRecipes:
 
     async def is_foreign(self, name: str) -> bool:
         """See `RecipeWriter`."""
-        return await refuses_as_foreign(self.put, name)
+        return await strict.refuses_as_foreign(self.put, name)
 
     def _put(self, name: str, text: str) -> None:
         settings = self._settings()

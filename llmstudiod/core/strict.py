@@ -6,11 +6,11 @@ Pure, and made again by the launcher, whatever the daemon has checked.
 import hashlib
 import posixpath
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from llmstudiod.core.errors import AccessDeniedError, ConfigError
+from llmstudiod.core.errors import AccessDeniedError, ConfigError, LlmstudioError
 from llmstudiod.core.flags import why_denied
 from llmstudiod.core.launcher_protocol import Launch
 from llmstudiod.core.model_names import id_from_stem
@@ -146,6 +146,19 @@ def refuse_foreign(path: str, raw: bytes, written: Collection[object] | None) ->
     """
     if digest(raw) not in (written or ()):
         raise AccessDeniedError(f"'{path}' {BY_HAND}", hint=f"{_HINT}, or remove it")
+
+
+async def refuses_as_foreign(put: Callable[[str, str], Awaitable[None]], name: str) -> bool:
+    """Return whether ``put`` takes a file for a person's.
+
+    It is asked to write an empty text: whose the file is is judged first, and an empty text is no recipe, so nothing
+    is written either way. The launcher alone knows what it wrote, and needs no further verb like this.
+    """
+    try:
+        await put(name, "")
+    except LlmstudioError as error:
+        return BY_HAND in error.message
+    return False
 
 
 def digest(raw: bytes) -> str:

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmstudiod.adapters.recipe_writer import refuses_as_foreign
-from llmstudiod.core import errors
+from llmstudiod.core import errors, strict
 from llmstudiod.core.command import ServerBinary
 from llmstudiod.core.errors import LauncherError, LlmstudioError
 from llmstudiod.core.launch import LaunchRequest
@@ -106,7 +105,7 @@ class PrivilegedRecipes:
 
     async def is_foreign(self, name: str) -> bool:
         """Return whether the launcher holds a file for a person's."""
-        return await refuses_as_foreign(self.put, name)
+        return await strict.refuses_as_foreign(self.put, name)
 
 
 class PrivilegedClient:

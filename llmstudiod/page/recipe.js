@@ -216,7 +216,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     if (!path.control.value.trim() && !synced.text) { editor.value = "id: \nmodel_path: \n"; return true; }
     const answer = await attempt(ask);
     if (!answer?.yaml) return false;
-    if (/^\s*#|\s#/m.test(synced.text ?? "")) note("The text is made of the form: its comments go", { hint: isNew ? null : "Duplicate or leave without saving to keep them" });
+    if (/^\s*#|\s#/m.test(synced.text ?? "")) note("The text is made of the form: its comments go", { hint: "the file keeps them for as long as nothing is saved" });
     editor.value = answer.yaml;
     synced = { text: answer.yaml, form: formNow() };
     return true;
@@ -280,7 +280,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     if (removing) removing.hidden = answer.by_hand;
     drawByHand(answer);
     put(faultList,
-      faults.map((fault) => h("li", { class: fault.severity === "warning" ? "warning warn" : "fault" }, [!isForm && fault.line ? `line ${fault.line}: ` : "", fault.key ? `${fault.key}: ` : "", fault.message].join(""), fault.hint && h("div", { class: "quiet" }, fault.hint))),
+      faults.map((fault) => h("li", { class: fault.severity === "warning" ? "warning warn" : "fault" }, [!isForm && fault.line ? `line ${fault.line}: ` : "", fault.key && !fault.message.startsWith(fault.key) ? `${fault.key}: ` : "", fault.message].join(""), fault.hint && h("div", { class: "quiet" }, fault.hint))),
       error && h("li", { class: "fault" }, error.detail, error.hint && h("div", { class: "quiet" }, error.hint)));
     if (!isForm) editor.draw(faults);
     const open = new Set([...plan.querySelectorAll("details[open] > summary")].map((each) => each.textContent));

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Dialog, Locator, Page, expect
 
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
 from tests.integration.nvml_stub import GIB, gpu
@@ -336,7 +336,7 @@ def test_form_and_yaml_lose_nothing_of_each_other(signed_in: Page, daemon: Runni
     expect(editor).to_have_value(text.replace("512", "1024"))
     form.click()
     page.get_by_role("button", name="Save", exact=True).click()
-    page.get_by_role("heading", name="noted", level=1).wait_for()
+    page.get_by_role("heading", name="noted", exact=True).wait_for()
     assert daemon.admin.text("recipes", "noted", "file") == text.replace("512", "1024")
     page.goto(f"{page.url.split('#')[0]}#/recipe/noted")
     context.fill("256")
@@ -363,15 +363,23 @@ def test_leaving_loses_nothing(signed_in: Page, daemon: RunningDaemon) -> None:
     page.go_back()
     expect(context).to_have_value("1024")
     expect(page.get_by_text("Unsaved changes were kept.")).to_be_visible()
+    expect(page.get_by_label("Preview")).to_contain_text(
+        "1,024 tokens for each"
+    )  # nothing more is asked until one types
     page.context.clear_cookies()
     context.fill("768")
     page.get_by_label("Code or admin key").fill(daemon.admin.post("web", "code")["code"])
     page.keyboard.press("Enter")
     expect(context).to_have_value("768")
     asked: list[str] = []
-    page.once("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
-    page.evaluate("setTimeout(() => location.reload())")
-    wait_until(lambda: page.wait_for_timeout(50) or asked)
+
+    def stay(dialog: Dialog) -> None:
+        asked.append(dialog.type)
+        dialog.dismiss()
+
+    page.once("dialog", stay)
+    with page.expect_event("dialog"):
+        page.evaluate("setTimeout(() => location.reload())")
     assert asked == ["beforeunload"]
     page.get_by_role("button", name="Discard").click()
     expect(context).to_have_value("512")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmstudiod.adapters.recipe_files import load_recipe_file
-from llmstudiod.adapters.recipe_writer import refuses_as_foreign
+from llmstudiod.core import strict
 from llmstudiod.core.bound_file import model_files
 from llmstudiod.core.command import BoundFile
 from llmstudiod.core.errors import AccessDeniedError, ConfigError, LoadFailedError
@@ -498,7 +498,7 @@ async def test_whose_file_it_is_can_be_asked(store: Store, etc: Path) -> None:
 
     store.put_recipe("new.yaml", good(etc), store.settings())
     path = put(etc, "hand.yaml", good(etc))
-    asked = {name: await refuses_as_foreign(write, name) for name in ("new.yaml", "hand.yaml", "none.yaml")}
+    asked = {name: await strict.refuses_as_foreign(write, name) for name in ("new.yaml", "hand.yaml", "none.yaml")}
     assert asked == {"new.yaml": False, "hand.yaml": True, "none.yaml": False}
     assert path.read_text() == path.with_name("new.yaml").read_text() == good(etc)
     assert not path.with_name("none.yaml").exists()
