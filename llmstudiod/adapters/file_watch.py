@@ -49,7 +49,7 @@ class FileWatch:
 
 
 def model_files(directories: Iterable[str]) -> dict[str, object]:
-    """Return size and time of every GGUF below the directories, by path. Blocks."""
+    """Return size and times of every GGUF below the directories, by path. Blocks."""
     found: dict[str, object] = {}
     for directory in directories:
         for folder, _, names in os.walk(directory):
@@ -60,7 +60,7 @@ def model_files(directories: Iterable[str]) -> dict[str, object]:
                         status = path.stat()
                     except OSError:
                         continue
-                    found[str(path)] = (status.st_size, status.st_mtime_ns)
+                    found[str(path)] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             if len(found) > MAX_FILES:
                 return found
     return found

@@ -21,6 +21,7 @@ const main = document.getElementById("main");
 const sessions = new BroadcastChannel("llmstudio-session");
 const scrolled = new Map();
 let leave = () => {};
+let dismissSignIn = () => {};
 let isSignedIn = false;
 let shown = null;
 let asked = 0;
@@ -92,7 +93,8 @@ async function signInPage(reason = "") {
   const wasSignedIn = isSignedIn;
   disconnect();
   isSignedIn = false;
-  const { ask } = await import("./signin.js");
+  const { ask, dismiss } = await import("./signin.js");
+  dismissSignIn = dismiss;
   if (!wasSignedIn) { drawNav(null); put(document.getElementById("nav")); put(main); }
   ask({ reason, done: () => (wasSignedIn ? resume() : start()) });
 }
@@ -124,7 +126,7 @@ async function begin() {
     } catch (error) {
       return signInPage(error.message);
     }
-    (await import("./signin.js")).dismiss();
+    dismissSignIn();
   }
   return start();
 }

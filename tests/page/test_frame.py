@@ -99,7 +99,7 @@ def test_session_that_ends_hides_the_page_and_keeps_what_was_typed(signed_in: Pa
     """After signing in again the form is as it was."""
     page = signed_in
     page.get_by_role("link", name="New recipe").click()
-    page.get_by_label("Description").fill("half written")
+    page.get_by_label("Name", exact=True).fill("half written")
     daemon.admin.post("web", "sign-out")
     expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
     page.keyboard.press("Escape")
@@ -107,7 +107,7 @@ def test_session_that_ends_hides_the_page_and_keeps_what_was_typed(signed_in: Pa
     page.get_by_label("Code or admin key").fill(daemon.admin.post("web", "code")["code"])
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("heading", name="Sign in")).to_have_count(0)
-    expect(page.get_by_label("Description")).to_have_value("half written")
+    expect(page.get_by_label("Name", exact=True)).to_have_value("half written")
     expect(page.locator("#link")).to_have_text("live")
 
 

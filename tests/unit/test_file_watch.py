@@ -118,13 +118,17 @@ async def test_error_is_raised_where_it_is_awaited() -> None:
 
 
 def test_model_files(tmp_path: Path) -> None:
-    """GGUFs below the directories count, with size and time; other files and lost directories do not."""
+    """GGUFs below the directories count, with size, times and mode; other files and lost directories do not."""
     (tmp_path / "deep").mkdir()
     for name in ("b.gguf", "deep/a.GGUF", "x.txt"):
         (tmp_path / name).write_bytes(b"1234")
     (tmp_path / "lost.gguf").symlink_to("/nonexistent")
     found = model_files([str(tmp_path), "/nonexistent"])
     assert set(found) == {str(tmp_path / "b.gguf"), str(tmp_path / "deep" / "a.GGUF")}
-    assert found[str(tmp_path / "b.gguf")] == (4, (tmp_path / "b.gguf").stat().st_mtime_ns)
+    status = (tmp_path / "b.gguf").stat()
+    assert found[str(tmp_path / "b.gguf")] == (4, status.st_mtime_ns, status.st_ctime_ns)
+    (tmp_path / "b.gguf").chmod(0o600)
+    assert model_files([str(tmp_path)]) != found
+    found = model_files([str(tmp_path)])
     (tmp_path / "b.gguf").write_bytes(b"12345")
     assert model_files([str(tmp_path)]) != found
