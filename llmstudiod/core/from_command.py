@@ -11,6 +11,7 @@ from llmstudiod.core.flags import FoundFlag, find_flag, modernize, why_denied
 from llmstudiod.core.pasted_command import read_pasted
 from llmstudiod.core.recipe_names import denied_environment
 
+_UNIT = re.compile(r"\d+[kKmMgG]")
 _GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _DOWNLOADS = frozenset({"--hf-repo", "--model-url", "--docker-repo"})
 _MET_ELSEWHERE = {
@@ -204,7 +205,9 @@ def _number(spelling: str, text: str, kind: FlagKind) -> float | int:
     try:
         return int(text) if kind is INTEGER else float(text)
     except ValueError:
-        raise BadRequestError(f"{spelling}: expected a number, found '{text[:40]}'") from None
+        is_short = _UNIT.fullmatch(text) is not None
+        hint = f"llama-server takes this for {text[:-1]}: write the number in full" if is_short else None
+        raise BadRequestError(f"{spelling}: expected a number, found '{text[:40]}'", hint=hint) from None
 
 
 def _layers(spelling: str, text: str) -> int | str:

@@ -10,7 +10,7 @@ from typing import Any
 from llmstudiod.adapters.usage_log import Row
 
 HOUR_S, MINUTE_S = 3600.0, 60.0
-MAX_ROWS = 20_000
+MAX_ROWS, MAX_SIZES = 20_000, 1000
 RECENT_S = 60.0
 
 
@@ -30,13 +30,39 @@ class Recent:
 NOTHING = Recent()
 
 
+class _Course:
+    """How much each model held of something, over time."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._sizes: dict[str, deque[tuple[float, int]]] = defaultdict(lambda: deque(maxlen=MAX_SIZES))
+
+    def add(self, sizes: dict[str, int]) -> None:
+        for model, size in sizes.items():
+            self._sizes[model].append((self._now(), size))
+
+    def last(self, model: str) -> int | None:
+        """Return what was measured last, within the last minute."""
+        kept = self._sizes.get(model)
+        return kept[-1][1] if kept and kept[-1][0] > self._now() - RECENT_S else None
+
+    def minutes(self, model: str, begin: float) -> list[int | None]:
+        """Return the last of each of sixty minutes."""
+        held: list[int | None] = [None] * 60
+        for at, size in self._sizes.get(model, ()):
+            if at >= begin:
+                held[min(59, int((at - begin) // MINUTE_S))] = size
+        return held
+
+
 class Figures:
     """Takes what requests have cost, and what models hold. ``now``: seconds since 1970."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._rows: dict[str, deque[Row]] = defaultdict(lambda: deque(maxlen=MAX_ROWS))
-        self._memory: dict[str, deque[tuple[float, int]]] = defaultdict(lambda: deque(maxlen=1000))
+        self._memory = _Course(now)
+        self._gpu_memory = _Course(now)
         self._recent: dict[str, tuple[float, Recent]] = {}
 
     def add(self, rows: Iterable[Row]) -> None:
@@ -45,15 +71,14 @@ class Figures:
             self._rows[row.model].append(row)
             self._recent.pop(row.model, None)
 
-    def add_memory(self, sizes: dict[str, int]) -> None:
-        """Take what running models have of RAM now, in bytes."""
-        for model, size in sizes.items():
-            self._memory[model].append((self._now(), size))
+    def add_memory(self, ram: dict[str, int], gpus: dict[str, int]) -> None:
+        """Take what running models have of RAM and of all GPUs now, in bytes."""
+        self._memory.add(ram)
+        self._gpu_memory.add(gpus)
 
     def memory(self, model: str) -> int | None:
         """Return what a model held of RAM when it was measured last, within the last minute."""
-        kept = self._memory.get(model)
-        return kept[-1][1] if kept and kept[-1][0] > self._now() - RECENT_S else None
+        return self._memory.last(model)
 
     def recent(self, model: str) -> Recent:
         """Return how fast a model has been of late."""
@@ -72,10 +97,6 @@ class Figures:
         for row in self._since(model, begin):
             rows[min(59, int((row.at - begin) // MINUTE_S))].append(row)
         speeds = [speed(each) for each in rows]
-        held: list[int | None] = [None] * 60
-        for at, size in self._memory.get(model, ()):
-            if at >= begin:
-                held[min(59, int((at - begin) // MINUTE_S))] = size
         return {
             "from": begin,
             "step_s": MINUTE_S,
@@ -83,7 +104,8 @@ class Figures:
             "tokens_per_second": [each.generation_tps for each in speeds],
             "prompt_tokens_per_second": [each.prompt_tps for each in speeds],
             "ttft_ms": [each.ttft_ms for each in speeds],
-            "memory": held,
+            "memory": self._memory.minutes(model, begin),
+            "gpu_memory": self._gpu_memory.minutes(model, begin),
         }
 
     def _since(self, model: str, begin: float) -> list[Row]:

@@ -39,7 +39,7 @@ class Live:
         self._events = events
         self._instances = instances
         self._figures = figures
-        self._tellers: dict[str, Tell] = {"status": status, "gpu": gpus, "metrics": metrics}
+        self._tellers: dict[str, Tell] = {"status": status, "metrics": metrics}
         self._told: dict[str, dict[str, Any]] = {}
 
     async def keep(self) -> None:
@@ -65,8 +65,7 @@ class Live:
             if not self._instances.any_up():
                 continue
             try:
-                self._figures.add_memory(await self._instances.measure())
-                watts = sum(gpu["power_draw"] or 0 for gpu in (await self._gpus())["gpus"])
+                watts = sum(gpu["power_draw"] or 0 for gpu in (await self._measure())["gpus"])
             except Exception:
                 logger.exception("what the models take could not be measured")
                 continue
@@ -88,10 +87,29 @@ class Live:
         if changed or removed:
             self._events.mention("instances", {"instances": changed, "removed": removed})
 
+    async def _measure(self) -> dict[str, Any]:
+        """Return what is told of the GPUs, and note what models hold of them and of RAM."""
+        machine = await self._gpus()
+        self._figures.add_memory(await self._instances.measure(), on_gpus(machine))
+        return machine
+
     async def _tell_measured(self) -> None:
-        self._figures.add_memory(await self._instances.measure())
+        self._events.mention("gpu", await self._measure())
         for name, tell in self._tellers.items():
             self._events.mention(name, await tell())
+
+
+def on_gpus(machine: dict[str, Any]) -> dict[str, int]:
+    """Return what each model holds of all GPUs, in bytes, where the driver tells.
+
+    >>> on_gpus({"gpus": [{"processes": [{"model": "a", "memory_used": 3}, {"model": None, "memory_used": 4}]}]})
+    {'a': 3}
+    """
+    held: dict[str, int] = {}
+    for process in (each for gpu in machine["gpus"] for each in gpu["processes"]):
+        if process["model"] and process["memory_used"]:
+            held[process["model"]] = held.get(process["model"], 0) + process["memory_used"]
+    return held
 
 
 def _without_clock(item: dict[str, Any]) -> dict[str, Any]:

@@ -211,6 +211,7 @@ class History(_Answer):
     prompt_tokens_per_second: list[float | None]
     ttft_ms: list[float | None]
     memory: list[int | None]
+    gpu_memory: list[int | None]
 
 
 class Slot(_Answer):

@@ -125,8 +125,8 @@ export function show(main, { id }) {
 
   function drawCharts(history) {
     draw(charts,
-      course("Tokens per second", history.tokens_per_second, rate, history),
-      course("Time to first token", history.ttft_ms, milliseconds, history),
+      course("Tokens/s", history.tokens_per_second, rate, history),
+      course("First token", history.ttft_ms, milliseconds, history),
       course("Requests a minute", history.requests.map((value) => value || null), count, history),
       history.gpu_memory?.some((value) => value) && course("GPU memory", history.gpu_memory, bytes, history),
       course("RAM", history.memory, bytes, history));

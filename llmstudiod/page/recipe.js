@@ -102,6 +102,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   const faultList = h("ul", { class: "faults" });
   const plan = h("div", {}, h("p", { class: "quiet" }, "Choose a file to see what it needs."));
   const preview = h("pre", {});
+  const whole = h("div", { hidden: true }, h("h3", {}, "As YAML"), copyButton(() => preview.textContent, "Copy the YAML"), preview);
   const chip = h("span", { class: "verdict", "aria-hidden": "true" });
   const saving = button("Save", (event) => save({ control: event.currentTarget }), { disabled: true });
   const launching = button("Save and load", (event) => save({ andLaunch: true, control: event.currentTarget }), { class: "main", disabled: true });
@@ -115,7 +116,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     h("div", { class: "grid" },
       h("section", { class: "sheet", "aria-label": "Recipe" }, tabs.element, formPanel, editor.element, pastePanel),
       h("section", { class: "sheet aside", tabindex: 0, "aria-label": "Preview" }, h("h2", {}, "Preview"), verdict, faultList, plan,
-        h("h3", {}, "As YAML"), copyButton(() => preview.textContent, "Copy the YAML"), preview)));
+        whole)));
 
   function drawBackend() {
     for (const { first: list, groups } of Object.values(BACKENDS)) for (const [name] of [...list, ...groups.flatMap((each) => each[1])]) fields.delete(name);
@@ -252,7 +253,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
       if (mine !== number) return;
       judge("bad", error.status === 401 ? "" : error.message);
       put(faultList);
-      say(preview, "");
+      drawPreview("");
       return;
     }
     if (mine === number) drawCheck(answer);
@@ -261,6 +262,11 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   function judge(state, text) {
     for (const place of [verdict, chip]) { mark(place, "data-state", state); say(place, text); }
     saving.disabled = launching.disabled = state !== "good" && state !== "odd";
+  }
+
+  function drawPreview(yaml) {
+    say(preview, yaml);
+    whole.hidden = !yaml;
   }
 
   function drawCheck(answer) {
@@ -286,7 +292,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     const open = new Set([...plan.querySelectorAll("details[open] > summary")].map((each) => each.textContent));
     put(plan, answer.plan ? planView({ ...answer.plan, placement: answer.placement }, { told: faults.map((fault) => fault.message) }) : h("p", { class: "quiet" }, "There is no plan for it yet."));
     for (const each of plan.querySelectorAll("summary")) each.parentElement.open = open.has(each.textContent);
-    say(preview, answer.yaml ?? "");
+    drawPreview(answer.yaml ?? "");
   }
 
   function drawByHand(answer) {

@@ -171,6 +171,9 @@ def test_gpus_are_bars_of_who_holds_what(page: Page, stub_gpus: Path, daemon: Ru
         expect(devices).to_contain_text(words)
     expect(row(page, "Tiny chat")).to_contain_text("6.0 GiB GPU")
     shot("gpus")
+    page.get_by_role("link", name="Tiny chat").click()
+    expect(page.locator("main dl.tiles")).to_contain_text("6.0 GiB")
+    expect(page.get_by_role("figure").filter(has_text="GPU memory")).to_contain_text("last 6.0 GiB")
 
 
 def test_failure_is_explained(signed_in: Page, shot: Shot) -> None:

@@ -226,3 +226,10 @@ def test_every_flag_makes_a_recipe_without_faults(flag: Flag) -> None:
         made = recipe_from_command(shlex.join(["llama-server", "-m", MODEL, *words]))
         loaded = parse_recipe_bytes(yaml_text(made.recipe).encode(), file="a.yaml")
         assert (list(map(str, loaded.faults)), len(loaded.entries)) == ([], 1)
+
+
+def test_short_number_is_explained() -> None:
+    """What it meant to llama-server all the time is worth knowing."""
+    with pytest.raises(BadRequestError) as caught:
+        recipe_from_command(f"llama-server -m {MODEL} -c 8k")
+    assert caught.value.hint == "llama-server takes this for 8: write the number in full"

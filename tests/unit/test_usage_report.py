@@ -338,14 +338,15 @@ def test_last_hour_has_sixty_minutes() -> None:
     clock = Clock()
     figures = Figures(clock)
     figures.add([row(clock.at - 4000), row(clock.at - 61), row(clock.at), row(clock.at)])
-    figures.add_memory({"a": 5})
+    figures.add_memory({"a": 5}, {"a": 7, "b": 8})
     history = figures.history("a")
     assert {name: len(course) for name, course in history.items() if isinstance(course, list)} == dict.fromkeys(
-        ("requests", "tokens_per_second", "prompt_tokens_per_second", "ttft_ms", "memory"), 60
+        ("requests", "tokens_per_second", "prompt_tokens_per_second", "ttft_ms", "memory", "gpu_memory"), 60
     )
     assert history["requests"][-2:] == [1, 2] or history["requests"][-3:] == [1, 0, 2]
     assert sum(history["requests"]) == 3
     assert (history["memory"][-1], history["memory"][0]) == (5, None)
+    assert (history["gpu_memory"][-1], history["gpu_memory"][0]) == (7, None)
     assert history["tokens_per_second"][-1] == 500.0
     assert history["tokens_per_second"][0] is None
     assert history["from"] + 60 * history["step_s"] > clock.at
