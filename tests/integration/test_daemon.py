@@ -168,7 +168,7 @@ def test_logs_can_be_followed(daemon: RunningDaemon) -> None:
         (["unload"], 2, "expected either a model or --all"),
         (["check", "/nonexistent/recipe.yaml"], 3, "recipe.yaml"),
         (["--socket", "/nonexistent.sock", "list"], 8, "systemctl start llmstudiod"),
-        (["frobnicate"], 2, "invalid choice"),
+        (["frobnicate"], 2, "there is no command 'frobnicate'"),
     ],
 )
 def test_exit_codes_and_next_steps(daemon: RunningDaemon, words: list[str], code: int, message: str) -> None:
