@@ -23,6 +23,7 @@ const scrolled = new Map();
 let leave = () => {};
 let dismissSignIn = () => {};
 let isSignedIn = false;
+let isIncomplete = false;  // the page that is shown has lost a question to the end of the session
 let shown = null;
 let asked = 0;
 
@@ -53,12 +54,12 @@ async function show({ isFirst = false } = {}) {
     isAway = true;
   }
   if (mine !== asked || !isSignedIn) return;  // somebody has gone on meanwhile
-  if (shown !== null) scrolled.set(shown, window.scrollY);
   leave();
   leave = () => {};
   if (!isFirst) clearNotes();
   drawNav(name);
   shown = isAway ? null : hash;
+  isIncomplete = false;
   if (isAway) put(main, h("h1", {}, "The daemon cannot be reached"), h("p", { class: "quiet" }, "This page comes as soon as it answers again."));
   else if (!view) put(main, h("h1", {}, "There is no such page"), h("p", {}, h("a", { href: "#/" }, "To the models")));
   else leave = view.show(main, { id, query }) ?? (() => {});
@@ -99,10 +100,12 @@ async function signInPage(reason = "") {
   ask({ reason, done: () => (wasSignedIn ? resume() : start()) });
 }
 
+/** Go on where it ended. A page that was not there yet is drawn anew; what was typed in another is worth more. */
 function resume() {
   isSignedIn = true;
   connect();
-  drawTitle();
+  if (isIncomplete) show({ isFirst: true });
+  else drawTitle();
 }
 
 /** Show the page as soon as the daemon has told what there is. */
@@ -144,8 +147,15 @@ export async function signOut() {
 }
 
 sessions.onmessage = () => location.reload();
-onSignedOut(() => { if (isSignedIn) signInPage(store.instances.size ? "You are signed out." : ""); });
-window.addEventListener("hashchange", () => (/^#code=/.test(location.hash) ? begin() : show()));
+onSignedOut((isQuestion) => {
+  isIncomplete ||= isQuestion;
+  if (isSignedIn) signInPage(store.instances.size ? "You are signed out." : "");
+});
+window.addEventListener("hashchange", (event) => {
+  if (shown !== null) scrolled.set(new URL(event.oldURL).hash, window.scrollY);  // a search may have changed it
+  if (/^#code=/.test(location.hash)) begin();
+  else show();
+});
 document.addEventListener("keydown", (event) => {
   const isTyping = event.target.closest?.("input, textarea, select, dialog") || event.ctrlKey || event.metaKey || event.altKey;
   const field = main.querySelector('input[type="search"]');

@@ -14,7 +14,7 @@ export class ApiError extends Error {
 
 let whenSignedOut = () => {};
 
-/** Have a function called when the daemon wants somebody to sign in. */
+/** Have a function called when the daemon wants somebody to sign in; it is told whether a page waits for an answer. */
 export function onSignedOut(action) { whenSignedOut = action; }
 
 export async function call(method, path, { body, type, signal, headers: more } = {}) {
@@ -33,7 +33,7 @@ export async function call(method, path, { body, type, signal, headers: more } =
   }
   if (response.ok && response.headers.get("Content-Type")?.startsWith("application/yaml")) return response.text();
   const answer = await response.json().catch(() => null);
-  if (response.status === 401 && path !== "/sign-in") whenSignedOut();
+  if (response.status === 401 && path !== "/sign-in") whenSignedOut(method === "GET");
   if (!response.ok) throw new ApiError(response.status, answer);
   return answer;
 }
@@ -71,7 +71,7 @@ export class Stream {
     clearTimeout(this.timer);
     this.timer = setTimeout(async () => {
       const response = await fetch("/events/stats", { credentials: "same-origin" }).catch(() => null);
-      if (response?.status === 401) { whenSignedOut(); return; }
+      if (response?.status === 401) { whenSignedOut(false); return; }
       if (this.source) this.open();
     }, this.delay);
     this.delay = Math.min(this.delay * 2, 8000);

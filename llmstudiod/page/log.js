@@ -1,6 +1,6 @@
 // A model's log as it is written: follow it, search it, show what matters.
 
-import { copyButton, h, mark, say } from "./ui.js";
+import { copyButton, h, mark, put, say } from "./ui.js";
 
 const MOST = 3000, AT_ONCE = 100, NEAR_END = 24;
 // llama-server's own levels, the third word of a line: 0.01.234.567 I srv …
@@ -78,7 +78,13 @@ export function logView(id) {
     if (waiting.length) { isDue = true; setTimeout(flush, 30); }
   }
 
+  const trouble = h("div", { role: "status" });
+  /** Say why there is no more of it. */
+  function fail(error) {
+    put(trouble, h("div", { class: "why" }, h("p", {}, error.detail), error.hint && h("p", { class: "quiet" }, error.hint)));
+  }
+
   box.append(none);
-  const element = h("div", {}, h("div", { class: "row" }, search, level, follow, copy), box);
-  return { element, take, begin: () => { isNew = lines.length > 0; } };
+  const element = h("div", {}, h("div", { class: "row" }, search, level, follow, copy), trouble, box);
+  return { element, take, fail, begin: () => { isNew = lines.length > 0; put(trouble); } };
 }

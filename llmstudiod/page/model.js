@@ -132,7 +132,7 @@ export function show(main, { id }) {
       course("RAM", history.memory, bytes, history));
   }
 
-  const unfollow = follow(id, { slots: drawSlots, history: drawCharts, log: (data) => log.take(data.line) }, log.begin);
+  const unfollow = follow(id, { slots: drawSlots, history: drawCharts, log: (data) => log.take(data.line), failure: log.fail }, log.begin);
   const end = listen((names) => {
     if (names.has("instances")) drawNow();
     if (names.has("reloaded")) replan();

@@ -2,15 +2,22 @@
 
 import { copyButton, h } from "./ui.js";
 
-const INLINE = /(`+)(.+?)\1|\*\*(.+?)\*\*|__(.+?)__|\*([^\s*](?:[^*]*[^\s*])?)\*/s;
+const INLINE = /(`+)([^`]+)\1(?!`)|\*\*([^*]+(?:\*[^*]+)*?)\*\*|__([^_]+)__|\*([^\s*](?:[^*]*[^\s*])?)\*/g;
+const DEEPEST = 3, LONGEST_RULE = 1000;
 
 /** Return a line's words, with code, bold and italic ones in their elements. Links stay text: a model may invent them. */
-function inline(text) {
-  const found = INLINE.exec(text);
-  if (!found) return [text];
-  const [whole, , code, bold, alsoBold, italic] = found;
-  const element = code !== undefined ? h("code", {}, code) : italic !== undefined ? h("em", {}, inline(italic)) : h("strong", {}, inline(bold ?? alsoBold));
-  return [text.slice(0, found.index), element, ...inline(text.slice(found.index + whole.length))];
+function inline(text, depth = 0) {
+  if (depth === DEEPEST) return [text];
+  const out = [];
+  let from = 0;
+  for (const found of text.matchAll(INLINE)) {
+    const [whole, , code, bold, alsoBold, italic] = found;
+    if (found.index > from) out.push(text.slice(from, found.index));
+    out.push(code !== undefined ? h("code", {}, code) : italic !== undefined ? h("em", {}, inline(italic, depth + 1)) : h("strong", {}, inline(bold ?? alsoBold, depth + 1)));
+    from = found.index + whole.length;
+  }
+  out.push(text.slice(from));
+  return out;
 }
 
 function codeBlock(lines, language) {
@@ -20,7 +27,9 @@ function codeBlock(lines, language) {
 
 const FENCE = /^\s*(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)/;
-const RULE = /^\s*\|?\s*:?-{2,}:?\s*(\|\s*:?-{2,}:?\s*)*\|?\s*$/;
+
+/** Whether a line is what stands below a table's head: | --- | :-: | */
+function isRule(line) { return line.length < LONGEST_RULE && line.includes("|") && cells(line).every((each) => /^:?-{2,}:?$/.test(each)); }
 
 function cells(line) { return line.trim().replace(/^\||\|$/g, "").split("|").map((each) => each.trim()); }
 
@@ -58,7 +67,7 @@ function blocks(text) {
   for (let at = 0; at < lines.length;) {
     const line = lines[at], begin = at;
     const fence = FENCE.exec(line), heading = /^(#{1,6})\s+(.*)/.exec(line);
-    const isTable = line.includes("|") && RULE.test(lines[at + 1] ?? "") && lines[at + 1].includes("|");
+    const isTable = line.includes("|") && isRule(lines[at + 1] ?? "");
     if (!fence && !heading && !isTable && !ITEM.test(line)) {
       if (line.trim()) plain.push(line); else flush();
       at += 1;

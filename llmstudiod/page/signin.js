@@ -7,8 +7,9 @@ let open = null;
 
 /** Ask no more. */
 export function dismiss() {
-  open?.remove();
+  const gone = open;
   open = null;
+  gone?.remove();
 }
 
 /** Ask for a code or a key until it is a good one. */
@@ -39,9 +40,14 @@ export function ask({ reason, done }) {
   h("p", {}, "Run ", h("code", {}, "llmstudioctl web"), " on the machine and open the address that it prints."),
   h("p", { class: "quiet" }, "Or give its code, or an API key with the admin right (", h("code", {}, "llmstudioctl key add NAME --admin"), ")."),
   h("label", { for: "secret" }, "Code or admin key"), field, told, send);
-  open = h("dialog", { class: "sign-in", "aria-label": "Sign in", oncancel: (event) => event.preventDefault() }, form);
-  document.body.append(open);
-  open.showModal();
+  // A browser lets `cancel` be prevented a few times only; what is below stays covered all the same.
+  const dialog = h("dialog", {
+    class: "sign-in", "aria-label": "Sign in", oncancel: (event) => event.preventDefault(),
+    onclose: () => { if (open === dialog) { dialog.showModal(); field.focus(); } },
+  }, form);
+  open = dialog;
+  document.body.append(dialog);
+  dialog.showModal();
   document.title = "Sign in – llmstudiod";
   field.focus();
 }

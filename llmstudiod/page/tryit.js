@@ -8,6 +8,7 @@ import { button, copyButton, count, h, milliseconds, put, rate, say } from "./ui
 const LABELS = { chat: "Message", completion: "Text to go on with", embedding: "Text to embed" };
 const ENDS = { length: "ended: as many tokens as were allowed", tool_calls: "ended: it calls a tool, and there is none here", content_filter: "ended by a filter" };
 const NEAR_END = 80;
+const MOST_PROSE = 200_000;  // letters; a longer answer is shown as it was written
 const kept = new Map();  // what was said, by mode, for as long as this tab is open
 
 async function ask(path, body, signal) {
@@ -70,7 +71,7 @@ class Bubble {
   }
 
   draw(answer, thought, isProse) {
-    if (isProse) drawProse(this.body, answer);
+    if (isProse && answer.length < MOST_PROSE) drawProse(this.body, answer);
     else say(this.body, answer);
     say(this.thought, thought);
     this.thinking.hidden = !thought;
@@ -92,7 +93,7 @@ export function show(main, { query }) {
   const heat = h("input", { id: "try-heat", type: "number", min: 0, max: 2, step: 0.1, placeholder: "default" });
   const place = h("div", { class: "talk", "aria-live": "off" });
   const told = h("p", { class: "hidden", role: "status" });
-  const prompt = h("textarea", { id: "try-prompt", rows: 3, placeholder: "Ask something …", onkeydown: (event) => {
+  const prompt = h("textarea", { id: "try-prompt", rows: 3, dir: "auto", placeholder: "Ask something …", onkeydown: (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
     else if (event.key === "Escape") running?.abort();
   } });

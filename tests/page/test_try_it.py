@@ -78,6 +78,20 @@ def test_markdown_is_shown_as_meant_and_markup_is_not(talking: Page) -> None:
     expect(thought.locator("div")).to_have_text("Let me think.")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["Use `foo` then " * 7000, "**a** " * 20_000, "*" * 100_000, "`a " * 30_000, "a|b\n" + " " * 100_000],
+    ids=["code", "bold", "stars", "ticks", "spaces"],
+)
+def test_odd_text_is_shown_all_the_same(talking: Page, text: str) -> None:
+    """However many marks it has, and at once: a browser must not stand still for it."""
+    answer_with(talking, piece(text), piece(" The end.", end="stop"), DONE)
+    say(talking, "Write")
+    expect(talking.locator(".said.assistant .words")).to_contain_text("The end.")
+    expect(talking.locator(".timings").last).to_contain_text("in all")
+    assert talking.locator(".said .why").count() == 0
+
+
 TROUBLE = 'data: {"error": {"message": "it crashed", "hint": "look at its log", "kind": "upstream_crashed"}}\n\n'
 
 
