@@ -221,8 +221,7 @@ class Scheduler:
         instance.unload_tickets.append(event.ticket)
         self._desk.refuse_all(instance, unloaded)
         if instance.state is State.STOPPING:
-            if instance.stop_cause in {StopCause.HUNG, StopCause.STALLED}:
-                instance.stop_cause = StopCause.UNLOAD  # it would be a failure, and may be started again for that
+            instance.stop_cause = StopCause.UNLOAD  # for what it went before, it might be started again by itself
             return
         if event.is_forced or instance.state in {State.STARTING, State.LOADING}:
             self._life.stop(instance, event.at, cause=StopCause.UNLOAD, is_forced=event.is_forced)

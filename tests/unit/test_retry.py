@@ -367,6 +367,27 @@ def test_operator_is_stronger_than_always(order: str) -> None:
     assert (world.state("a"), len(world.starts)) == (State.STOPPED, 1)
 
 
+@pytest.mark.parametrize("went_for", ["its recipe", "its removal", "its socket"])
+def test_operator_is_stronger_than_what_it_went_for(went_for: str) -> None:
+    """It is to be up always, and stops to come back at once; who unloads it meanwhile does not want it back."""
+    world = world_of([spec("a", restart=Restart.ALWAYS)])
+    if went_for == "its socket":
+        world.find("a")
+        world.hang("a")
+    else:
+        world.load("a")
+        world.advance(LOAD_S)
+    if went_for == "its removal":
+        world.use()
+    if went_for != "its socket":
+        world.use(spec("a", restart=Restart.ALWAYS, recipe_hash="2"))
+    assert world.state("a") is State.STOPPING
+    unload, n_starts = world.unload("a"), len(world.starts)
+    world.advance(500)
+    assert world.is_done(unload)
+    assert (world.state("a"), len(world.starts)) == (State.STOPPED, n_starts)
+
+
 def test_removed_model_that_hangs_stays_away() -> None:
     """Its recipe is gone; that it hangs brings nothing back."""
     world = always()
