@@ -201,9 +201,13 @@ class Runs:
         """
         if run.recipe is None or run.is_ready or run.verdict is not None:
             return None
-        with contextlib.suppress(LlmstudioError):
+        try:
             return await self._planner.plan(self._entry(model))
-        return None
+        except LlmstudioError:
+            return None  # its file may be the very thing that is gone
+        except Exception:  # a bug must not swallow the end that others wait for
+            logger.exception("%s: its plan cannot be made again", model)
+            return None
 
     def _failed(self, model: str, run: int, failure: Failure) -> None:
         self._post(UnitFailed(self._clock(), model, run, failure))

@@ -166,10 +166,6 @@ async def test_load_that_nobody_waits_for_is_finished_quietly(house: House) -> N
 
 async def test_bug_in_a_start_fails_the_start_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits is answered, the traceback is logged, and other models are served."""
-
-    async def broken(_: object) -> None:
-        raise RuntimeError("a bug")
-
     monkeypatch.setattr(house.launcher, "start", broken)
     assert "internal error" in (await failure_of(house)).message
     monkeypatch.undo()
@@ -258,6 +254,25 @@ async def test_end_of_a_server_that_was_found_names_its_file(house: House) -> No
     assert shown is not None
     assert shown.failure is not None
     assert "'/models/tiny.gguf'" in shown.failure.message
+
+
+async def broken(*_: object, **__: object) -> None:
+    """Fail as a bug does."""
+    raise RuntimeError("a bug")
+
+
+async def test_bug_in_a_plan_hides_no_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a server that was found is told that it failed, without the names of its files."""
+    house.tiny.is_ready = False
+    await house.supervisor.adopt(await found(house))
+    await eventually(lambda: house.state() is State.LOADING)
+    monkeypatch.setattr(house.planner, "plan", broken)
+    loading = asyncio.ensure_future(failure_of(house))  # noqa: TID251 - awaited below
+    await eventually(lambda: (shown := house.supervisor.view("tiny")) is not None and shown.queued)
+    house.launcher.die("tiny", Exit("exit-code", code=1))
+    async with asyncio.timeout(2):
+        assert "exit code 1" in (await loading).message
+    assert "tiny: its plan cannot be made again" in house.faults.pop()
 
 
 def wish(model: str, gib: float) -> Wish:
