@@ -233,7 +233,10 @@ class Runs:
         self._post(BecameReady(self._clock(), model, run.number, facts))
         vigil = self._spawn(self._keep_vigil(model, run, socket_path), f"vigil over {model}")
         try:
-            await self._heed_load(model, run)
+            try:
+                await self._heed_load(model, run)
+            except Exception:  # whatever it is, the vigil must outlast it
+                logger.exception("%s: the log of its load cannot be read", model)
             await vigil
         finally:
             vigil.cancel()

@@ -275,6 +275,23 @@ async def test_bug_in_a_plan_hides_no_end(house: House, monkeypatch: pytest.Monk
     assert "tiny: its plan cannot be made again" in house.faults.pop()
 
 
+async def test_bug_in_reading_a_load_leaves_the_vigil_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ready server is looked after for as long as it runs, whatever reading its log did to us."""
+    looks: list[object] = []
+
+    def told(unit: object) -> list[str]:
+        looks.append(unit)
+        return []
+
+    monkeypatch.setattr(runs, "IDLE_LOOK_S", 0.01)
+    monkeypatch.setattr(house.launcher, "first_lines", broken)
+    await house.supervisor.load("tiny")
+    await eventually(lambda: house.faults)
+    assert "tiny: the log of its load cannot be read" in house.faults.pop()
+    monkeypatch.setattr(house.launcher, "told", told)
+    await eventually(lambda: len(looks) > 1, within_s=2)
+
+
 def wish(model: str, gib: float) -> Wish:
     """A model that needs so many GiB of RAM."""
     layer = Layer(weights=int(gib * (1 << 30)))
