@@ -3,7 +3,8 @@
 A missed health probe alone proves nothing: a burst of connections can hold /health back for seconds while the server
 works. And a line in its log proves nothing, since clients can write there. So a server counts as hung only when it
 answers nothing new and its process does nothing either, or when requests stand still in it for long, or when it cannot
-produce one token though nothing else holds it up: one that is asked for behind full slots waits for its turn.
+produce one token though nothing else holds it up: one that is asked for behind full slots waits for its turn, and one
+behind a long step whose client has left waits for its end.
 """
 
 import re
@@ -91,7 +92,9 @@ class Vigil:
         if has_answered or moves:
             self._moved_at = look.at
             return Verdict.WELL
-        if look.n_in_flight and not look.n_free and computes and self._may_be_slow(look, computes=True):
+        if not look.n_free and computes and self._may_be_slow(look, computes=True):
+            # A step on a CPU goes on after its client has left; no request stands still then to show it, so ask again.
+            self._is_alarmed = look.n_in_flight == 0
             return Verdict.WELL
         self.reason = f"/health answers, but it could not produce one token within {within_s:.0f} s"
         return Verdict.HUNG

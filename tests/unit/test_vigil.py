@@ -97,10 +97,35 @@ def test_alarm_asks_and_never_kills() -> None:
 
 
 def test_alarm_of_an_idle_server_that_computes_no_token() -> None:
-    """Nobody else is in it, so nothing can have held the token up."""
+    """Nobody else is in it and its process does nothing, so nothing can have held the token up."""
     vigil = Vigil(0.0, patience_s=25)
     assert vigil.look(dataclasses.replace(WELL, is_alarmed=True)) is Verdict.ASK
-    assert vigil.asked(dataclasses.replace(WELL, at=31.0, cpu_s=9.0), has_answered=False, within_s=30) is Verdict.HUNG
+    assert vigil.asked(dataclasses.replace(WELL, at=31.0), has_answered=False, within_s=30) is Verdict.HUNG
+
+
+def test_step_whose_client_has_left_may_hold_a_token_up() -> None:
+    """It computes for as long as a slow step may take, is asked again at each look, and is well once it answers."""
+    vigil = Vigil(0.0, patience_s=25)
+    assert verdicts(vigil, WELL, dataclasses.replace(WELL, cpu_s=5.0, is_alarmed=True))[-1] is Verdict.ASK
+    computing = dataclasses.replace(WELL, at=50.0, cpu_s=35.0)
+    assert vigil.asked(computing, has_answered=False, within_s=30) is Verdict.WELL
+    assert vigil.look(dataclasses.replace(computing, at=65.0, cpu_s=50.0)) is Verdict.ASK
+    done = dataclasses.replace(computing, at=70.0, cpu_s=52.0)
+    assert vigil.asked(done, has_answered=True, within_s=30) is Verdict.WELL
+    assert vigil.look(dataclasses.replace(done, at=85.0)) is Verdict.WELL
+
+
+def test_idle_server_that_spins_after_an_alarm_is_noticed_in_the_end() -> None:
+    """Looks and questions in between are no movement: only a token is."""
+    vigil = Vigil(0.0, patience_s=25)
+    assert vigil.look(dataclasses.replace(WELL, at=10.0, is_alarmed=True)) is Verdict.ASK
+    found = []
+    for at in (40.0, 85.0, 130.0):
+        spins = dataclasses.replace(WELL, at=at, cpu_s=at)
+        found.append(vigil.asked(spins, has_answered=False, within_s=30))
+        if found[-1] is Verdict.WELL:
+            assert vigil.look(dataclasses.replace(spins, at=at + 15, cpu_s=at + 15)) is Verdict.ASK
+    assert found == [Verdict.WELL, Verdict.WELL, Verdict.HUNG]
 
 
 def test_alarm_behind_full_slots_that_move_asks_for_nothing() -> None:
