@@ -34,7 +34,7 @@ from llmstudiod.core.events import (
 from llmstudiod.core.lifecycle import Failure, Instance, PastFailure, Restart, State, StopCause
 from llmstudiod.core.memory_watch import MemoryWatch
 from llmstudiod.core.placement import Placement
-from llmstudiod.core.retry import STABLE_S, forget_failures, note_failure, recall_failures
+from llmstudiod.core.retry import BACK_OFF_S, STABLE_S, forget_failures, note_failure, recall_failures
 
 SETTLED_S = 1.0  # a server that ends without an error so soon after it was ready was not stopped by somebody
 HUNG_GRACE_S = 5.0  # for what may still be on its way from a server that answers nothing new
@@ -99,6 +99,7 @@ class Life:
         instance.progress_at = at
         instance.stop_cause = None
         instance.is_exhausted = False
+        instance.restart_at = 0.0
 
     def found_failed(self, event: UnitFoundFailed) -> None:
         """Tell why a model of an earlier daemon ended; if that one has not seen it, it may be started at once."""
@@ -113,7 +114,7 @@ class Life:
         instance.failure = failure
         instance.last_failure = (instance.run, failure)
         self.move(instance, State.FAILED, event.at, failure.message)
-        self._see_to_restart(instance)
+        self.see_to_restart(instance)
 
     def started(self, instance: Instance, event: UnitStarted) -> None:
         """Its process runs."""
@@ -205,14 +206,15 @@ class Life:
             if instance.waiters:  # they have sent nothing yet
                 return
         self.desk.refuse_all(instance, rejections.failed(instance.spec.id, failure, was_serving=was_serving))
-        self._see_to_restart(instance)
+        self.see_to_restart(instance)
 
-    def _see_to_restart(self, instance: Instance) -> None:
-        """Have it started again by itself where its recipe says so."""
-        if instance.spec.restart is Restart.ALWAYS:
-            self.set_timer(instance, Timer.RESTART, instance.retry_at)
+    def see_to_restart(self, instance: Instance, *, no_sooner: float = 0.0) -> None:
+        """Have it started again by itself where its recipe says so, and it is down for no reason of anybody's."""
+        if instance.spec.restart is Restart.ALWAYS and instance.is_down_by_itself:
+            instance.restart_at = max(instance.retry_at, no_sooner)
+            self.set_timer(instance, Timer.RESTART, instance.restart_at)
 
-    def refuse(self, instance: Instance, error: LlmstudioError) -> None:
+    def refuse(self, instance: Instance, at: float, error: LlmstudioError) -> None:
         """Turn everybody away although nothing was started: no transition tells why, so it is told by itself."""
         refused = Failure(error.kind, error.message, error.hint)
         is_news = refused != instance.refused or any(waiter.is_load for waiter in instance.waiters.values())
@@ -220,8 +222,10 @@ class Life:
         self.desk.refuse_all(instance, error)
         if is_news:  # requests may come, and be refused, by the thousand
             self.actions.append(Publish(instance.spec.id))
+        if instance.restart_at <= at:  # one timer is enough for all of them
+            self.see_to_restart(instance, no_sooner=at + BACK_OFF_S[-1])
 
-    def give_up(self, instance: Instance, cause: StopCause, error: LlmstudioError) -> None:
+    def give_up(self, instance: Instance, at: float, cause: StopCause, error: LlmstudioError) -> None:
         """Turn everybody away because an operator does not want it to be started."""
         if not instance.waiters:
             return
@@ -229,6 +233,8 @@ class Life:
         instance.stop_cause = cause
         self.desk.refuse_all(instance, error)
         self.actions.append(Publish(instance.spec.id))
+        if cause is StopCause.CANCELLED:  # it failed before; whoever cancels does not want it at once
+            self.see_to_restart(instance, no_sooner=at + BACK_OFF_S[-1])
 
     def _note_failure(self, instance: Instance, at: float, failure: Failure) -> None:
         note_failure(instance, at, chance=self._chance(), is_crash=not failure.never_ran)
@@ -335,8 +341,9 @@ class Life:
             case Timer.MEASURE:
                 self.watch.outdate()
             case Timer.RESTART:
-                if instance.state is State.FAILED and not instance.waiters and event.at >= instance.retry_at:
-                    self.actions.append(LoadToo(instance.spec.id))
+                is_due = event.at >= max(instance.restart_at, instance.retry_at)
+                if instance.is_down_by_itself and not instance.waiters and is_due:
+                    self.load_if_always(instance)
             case Timer.STABLE:
                 if instance.state in {State.READY, State.DRAINING} and event.at >= instance.ready_at + STABLE_S:
                     forget_failures(instance, event.at)
@@ -401,5 +408,5 @@ class Life:
             and instance.retry_at < inf
         ):
             instance.failures, instance.retry_at = 0, at
-            self._see_to_restart(instance)
+            self.see_to_restart(instance)
             self.actions.append(Publish(instance.spec.id))

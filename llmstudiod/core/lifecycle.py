@@ -151,6 +151,7 @@ class Instance:
     failed_at: tuple[float, ...] = ()  # its latest failures, as many as its budget has
     is_exhausted: bool = False  # its budget of failures is used up
     retry_at: float = 0.0
+    restart_at: float = 0.0  # when the timer that was set last for its restart runs out
     facts: UpstreamFacts | None = None
     ready_at: float = 0.0
     progress_at: float = 0.0
@@ -187,6 +188,11 @@ class Instance:
     def is_resident(self) -> bool:
         """Whether it holds a process."""
         return self.state in RESIDENT
+
+    @property
+    def is_down_by_itself(self) -> bool:
+        """Whether it is down though nobody wanted that: it failed, or was refused a start."""
+        return self.state is State.FAILED or (self.state is State.STOPPED and self.refused is not None)
 
     @property
     def is_stale(self) -> bool:

@@ -30,6 +30,8 @@ def at_once(instance: Instance | None, event: RequestArrived, *, is_shutting_dow
         return None
     if instance.state is State.FAILED and event.at < instance.retry_at:
         return backing_off(instance, event.at)
+    if event.is_load:
+        return None  # it is the daemon's own, sends nothing, and takes no request's place
     is_granted_now = instance.state is State.READY and instance.has_room_for(event.cost_tokens)
     if len(instance.waiters) >= instance.spec.max_queue and (instance.waiters or not is_granted_now):
         return queue_full(instance)

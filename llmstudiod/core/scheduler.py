@@ -197,6 +197,7 @@ class Scheduler:
         if instance := self._desk.leave(event.ticket):
             if not instance.waiters:
                 instance.is_vetted = instance.is_proven = False  # the next who asks may come much later
+                self._life.see_to_restart(instance)  # nobody did while somebody waited
             self._desk.admit(instance, event.at)
         elif instance := self._desk.end(event.ticket):
             instance.idle_since = instance.last_used = event.at
@@ -215,7 +216,7 @@ class Scheduler:
         unloaded = rejections.unloaded(event.model)
         if not instance.is_resident:
             self._life.clear(instance, event.at)
-            self._life.give_up(instance, StopCause.UNLOAD, unloaded)
+            self._life.give_up(instance, event.at, StopCause.UNLOAD, unloaded)
             self._actions.append(Done(event.ticket))
             return
         instance.unload_tickets.append(event.ticket)
@@ -238,7 +239,7 @@ class Scheduler:
             instance.unload_tickets.append(event.ticket)
             self._life.stop(instance, event.at, cause=StopCause.CANCELLED)
         elif instance.waiters and not instance.is_resident:
-            self._life.give_up(instance, StopCause.CANCELLED, rejections.cancelled(event.model))
+            self._life.give_up(instance, event.at, StopCause.CANCELLED, rejections.cancelled(event.model))
             self._actions.append(Done(event.ticket))
         else:
             self._actions.append(Refuse(event.ticket, rejections.nothing_to_cancel(instance)))
@@ -248,10 +249,10 @@ class Scheduler:
         if instance is None:
             self._actions.append(Refuse(event.ticket, rejections.no_model(event.model)))
             return
-        was_failed = instance.state is State.FAILED
+        was_down_by_itself = instance.is_down_by_itself
         self._life.clear(instance, event.at)
         self._actions.append(Done(event.ticket))
-        if was_failed:
+        if was_down_by_itself:
             self._life.load_if_always(instance)
 
     def _change_specs(self, event: SpecsChanged) -> None:
@@ -273,11 +274,11 @@ class Scheduler:
             self._remove(self._instances[model], event.at)
 
     def _outdate(self, instance: Instance, at: float) -> None:
-        instance.refused = None
-        if instance.state is State.FAILED:
+        if instance.is_down_by_itself:
             self._life.clear(instance, at, StopCause.RECIPE.value)
             self._life.load_if_always(instance)
         else:
+            instance.refused = None
             self._life.replace_if_stale(instance, at)
 
     def _put_back(self, instance: Instance, at: float) -> None:
@@ -355,7 +356,7 @@ class Scheduler:
         for instance, busy in found.crowded:
             self._wait_for_busy(instance, busy, at)
         for instance, error in found.hopeless:
-            self._life.refuse(instance, error or rejections.all_pinned(instance.spec.id, self.max_instances))
+            self._life.refuse(instance, at, error or rejections.all_pinned(instance.spec.id, self.max_instances))
         for instance in found.settling[:1]:
             if (again_at := self.watch.again(at)) is not None:
                 self._life.set_timer(instance, Timer.MEASURE, again_at)

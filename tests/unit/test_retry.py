@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from llmstudiod.core.errors import BackingOffError, ConflictError, ModelNotFoundError, ShuttingDownError
-from llmstudiod.core.events import StoriesRead, UnitFoundFailed, Warned
+from llmstudiod.core.events import StoriesRead, Timer, UnitFoundFailed, Warned
 from llmstudiod.core.life import HUNG_GRACE_S
 from llmstudiod.core.lifecycle import Instance, PastFailure, Restart, State, StopCause, Transition
 from llmstudiod.core.retry import BACK_OFF_S, JITTER, STABLE_S, note_failure
@@ -300,6 +300,16 @@ def always(**changes: object) -> World:
     return world
 
 
+def world_without_room() -> World:
+    """Return a world in which the model serves beside a pinned one, with a place too few for it to come back."""
+    world = world_of([spec("a", restart=Restart.ALWAYS), spec("b", is_pinned=True)], max_instances=2)
+    world.load("a")
+    world.load("b")
+    world.advance(LOAD_S)
+    world.use(*world.specs.values(), max_instances=1)
+    return world
+
+
 def is_back(world: World) -> bool:
     """Let time pass, and return whether the model is up by itself, in another run."""
     world.advance(BACK_OFF_S[0] * (1 + JITTER) + 10 + LOAD_S)
@@ -345,6 +355,69 @@ def test_always_comes_back_after_it_failed_without_a_daemon() -> None:
     world.feed(UnitFoundFailed(world.now, "a", CRASH))
     world.advance(LOAD_S)
     assert world.state("a") is State.READY
+
+
+def test_always_comes_back_though_who_waited_left() -> None:
+    """It crashed before their eyes, and they went while another one's place was not free yet."""
+    world = world_without_room()
+    in_flight, waiting = [world.ask("a"), world.ask("a")], world.ask("a")
+    world.unload("b")
+    world.crash("a")
+    assert world.view("a").queued == 1
+    world.end(*in_flight, waiting)
+    assert is_back(world)
+
+
+@pytest.mark.parametrize("how", ["its client leaves", "it is cancelled"])
+def test_always_comes_back_though_a_load_was_given_up(how: str) -> None:
+    """An operator's load waits for room while the back-off ends; then nobody wants it but its recipe."""
+    world = world_without_room()
+    world.script("b").stop_s = 10.0
+    world.crash("a")
+    world.unload("b")
+    load = world.load("a")
+    assert world.view("a").queued == 1
+    world.advance(BACK_OFF_S[0] * (1 + JITTER))
+    assert world.view("a").queued == 1
+    if how == "it is cancelled":
+        world.cancel("a")
+    else:
+        world.end(load)
+    world.advance(20)
+    assert world.state("a") is (State.FAILED if how == "it is cancelled" else State.READY)
+    world.advance(BACK_OFF_S[-1])
+    assert world.state("a") is State.READY
+
+
+@pytest.mark.parametrize("before", ["it failed", "its recipe changed"])
+def test_always_comes_back_once_there_is_room(before: str) -> None:
+    """Others that are pinned held every place when it was to be started again; it is tried now and then."""
+    world = world_without_room()
+    if before == "it failed":
+        world.crash("a")
+    else:
+        world.use(spec("a", restart=Restart.ALWAYS, recipe_hash="2"), world.specs["b"])
+    world.advance(10)
+    assert world.view("a").refused is not None
+    for _ in range(20):
+        world.ask("a")
+    assert world.timers(Timer.RESTART) == 1
+    world.advance(3 * BACK_OFF_S[-1])
+    assert (len(world.starts), world.timers(Timer.RESTART)) == (2, 1)
+    world.use(*world.specs.values(), max_instances=2)
+    world.advance(BACK_OFF_S[-1] + LOAD_S)
+    assert world.state("a") is State.READY
+
+
+def test_unload_ends_the_tries_for_room() -> None:
+    """Who was refused a place, and is unloaded then, stays down when there is one."""
+    world = world_without_room()
+    world.crash("a")
+    world.advance(10)
+    world.unload("a")
+    world.use(*world.specs.values(), max_instances=2)
+    world.advance(3 * BACK_OFF_S[-1])
+    assert (world.state("a"), len(world.starts)) == (State.STOPPED, 2)
 
 
 @pytest.mark.parametrize("order", ["unloaded, then hung", "hung, then unloaded", "hung, stopped, then unloaded"])
