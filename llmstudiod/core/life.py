@@ -399,6 +399,13 @@ class Life:
             self.move(instance, State.STOPPED, at, why)
             instance.failure = None
 
+    def change_restart(self, instance: Instance, at: float) -> None:
+        """Let another rule hold for what is down already."""
+        if instance.state is State.FAILED:
+            never = instance.spec.restart is Restart.NEVER
+            instance.retry_at = inf if never else at if instance.retry_at == inf else instance.retry_at
+        self.see_to_restart(instance)
+
     def forget_plan(self, instance: Instance, at: float) -> None:
         """Let what failed without a process be tried again: whatever was missing may be there now."""
         if (

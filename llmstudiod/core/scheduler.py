@@ -266,6 +266,8 @@ class Scheduler:
                 self._life.set_idle_timer(instance, event.at)  # otherwise the one that is set is the right one
             if instance.is_removed:
                 self._put_back(instance, event.at)
+            if old.restart is not spec.restart:
+                self._life.change_restart(instance, event.at)
             self._life.forget_plan(instance, event.at)
             if old.recipe_hash != spec.recipe_hash:
                 instance.is_vetted = instance.is_proven = False

@@ -420,6 +420,29 @@ def test_unload_ends_the_tries_for_room() -> None:
     assert (world.state("a"), len(world.starts)) == (State.STOPPED, 2)
 
 
+@pytest.mark.parametrize("before", [Restart.NEVER, Restart.ON_REQUEST])
+def test_always_holds_for_what_failed_before(before: Restart) -> None:
+    """Its recipe, or the default for all, says so only now."""
+    world = world_of([spec("a", restart=before)])
+    world.load("a")
+    world.advance(LOAD_S)
+    world.crash("a")
+    world.use(spec("a", restart=Restart.ALWAYS))
+    assert is_back(world)
+
+
+def test_never_holds_for_what_failed_before() -> None:
+    """Its timer is not heeded any more, and who asks is told."""
+    world = always()
+    world.crash("a")
+    world.use(spec("a", restart=Restart.NEVER))
+    world.advance(500)
+    assert "restart: never" in world.error(world.ask("a")).message
+    assert len(world.starts) == 1
+    world.use(spec("a"))
+    assert world.place(world.ask("a")) is Place.WAITING
+
+
 @pytest.mark.parametrize("order", ["unloaded, then hung", "hung, then unloaded", "hung, stopped, then unloaded"])
 def test_operator_is_stronger_than_always(order: str) -> None:
     """Who is unloaded stays down, though it hangs; and nobody has to wait for what hangs as for what works."""
