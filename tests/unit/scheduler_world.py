@@ -168,10 +168,11 @@ class World:
         self.feed(UnitHung(self.now, model, self.alive[model], HUNG))
 
     def mend_what_is_tried_for_ever(self) -> None:
-        """Let those that are to be up always load from now on: one that cannot is tried again for ever."""
+        """Let those that are to be up always load from now on, and find room: else they are tried again for ever."""
         for model, spec in self.specs.items():
             if spec.restart is Restart.ALWAYS:
                 self.scripts[model] = Script(load_s=0.0, facts=self.script(model).facts)  # within any stall time-out
+        self.use(*self.specs.values(), max_instances=0)
 
     def end(self, *numbers: int) -> None:
         """End exchanges, or let clients leave that still wait."""
@@ -284,6 +285,7 @@ class World:
         self._check_tickets()
         self._check_room()
         self._check_stories()
+        self._check_restarts()
 
     def _step(self) -> None:
         at, _, event = heapq.heappop(self._due)
@@ -437,6 +439,16 @@ class World:
             unused = [view.id for view in staying if not view.in_flight and not view.queued]
             assert not unused, f"{wanted} wait beside {unused}"
         assert len(drained) <= max(0, len(wanted) - len(leaving)), f"{drained} are drained for nobody"
+
+    def _check_restarts(self) -> None:
+        """What is to be up always, and is down though nobody wanted that, waits for room or has a timer."""
+        if self._is_shutting_down:
+            return
+        timed = {(e.model, e.run) for _, _, e in self._due if isinstance(e, TimerFired) and e.timer is Timer.RESTART}
+        for view in self.scheduler.views():
+            is_down = view.state is State.FAILED or (view.state is State.STOPPED and view.refused is not None)
+            if view.spec.restart is Restart.ALWAYS and is_down:
+                assert view.queued or (view.id, view.run) in timed, f"nothing brings it up again: {view}"
 
     def _check_stories(self) -> None:
         for view in self.scheduler.views():

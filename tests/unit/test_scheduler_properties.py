@@ -35,6 +35,7 @@ a_change = st.sampled_from(
         {"idle_timeout_s": 3.0},
         {"drain_timeout_s": 0.0},
         {"restart": Restart.ALWAYS, "restart_limit": 2},
+        {"restart": Restart.ALWAYS, "is_pinned": True},
         {"restart": Restart.NEVER},
         {"stall_timeout_s": 1.5},
         {"concurrency_limit": 1},
@@ -161,6 +162,8 @@ def test_laws_hold_and_nobody_is_left_behind(world: World, story: list[tuple[Any
     views = world.scheduler.views()
     assert {view.id for view in views} == world.specs.keys()
     assert {view.state for view in views} <= {State.STOPPED, State.READY, State.FAILED}
+    failed = [view for view in views if view.state is State.FAILED and view.spec.restart is Restart.ALWAYS]
+    assert not failed or ("shut down",) in story
     assert world.scheduler.is_quiet() == (not world.alive)
     world.shut_down()
     world.settle()
