@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 _MEANT = {
@@ -69,23 +69,34 @@ def words_of(given: Sequence[str]) -> list[str]:
 
     ``help COMMAND`` is COMMAND's help; what from-command takes has a ``--`` before it, for its options are not ours.
 
-    >>> words_of(["help", "load"]), words_of(["help"])
-    (['load', '--help'], ['--help'])
+    >>> words_of(["help", "load"]), words_of(["--json", "help"])
+    (['load', '--help'], ['--json', '--help'])
     >>> words_of(["recipe", "from-command", "--save", "-m", "a.gguf"])
     ['recipe', 'from-command', '--save', '--', '-m', 'a.gguf']
     """
     words = list(given)
-    if words[:1] == ["help"]:
-        return [*words[1:], "--help"]
+    first = _after_options(words, 0, alone={"--json"}, valued={"--socket"})
+    if words[first : first + 1] == ["help"]:
+        return [*words[:first], *words[first + 1 :], "--help"]
     if "from-command" not in words or "recipe" not in words[: words.index("from-command")]:
         return words
-    place = words.index("from-command") + 1
+    place = _after_options(
+        words,
+        words.index("from-command") + 1,
+        alone={"--save", "--json", "-h", "--help"},
+        valued={"--id", "--socket"},
+    )
+    return [*words[:place], *(["--"] if place < len(words) and words[place] != "--" else []), *words[place:]]
+
+
+def _after_options(words: Sequence[str], place: int, *, alone: Collection[str], valued: Collection[str]) -> int:
+    """Return the place of the first word from ``place`` on that is none of our options, nor the value of one."""
     while place < len(words):
         word = words[place]
-        if word in {"--id", "--socket"}:
+        if word in valued:
             place += 2
-        elif word in {"--save", "--json", "-h", "--help"} or word.startswith(("--id=", "--socket=")):
+        elif word in alone or word.partition("=")[0] in valued:
             place += 1
         else:
             break
-    return [*words[:place], *(["--"] if place < len(words) and words[place] != "--" else []), *words[place:]]
+    return place

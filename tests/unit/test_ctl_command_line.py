@@ -56,6 +56,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(["--version"], capsys)[:2] == (0, f"llmstudioctl {__version__}\n")
     assert ended(["help"], capsys)[1] == ended(["--help"], capsys)[1]
     assert ended(["help", "load"], capsys)[1].startswith("usage: llmstudioctl load")
+    for options in (["--socket", "/nowhere"], ["--socket=/nowhere", "--json"]):
+        assert ended([*options, "help", "load"], capsys)[1].startswith("usage: llmstudioctl load")
 
 
 def test_command_of_llama_server_is_not_ours_to_read() -> None:
