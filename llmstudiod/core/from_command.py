@@ -234,11 +234,11 @@ def _settle(values: dict[str, Any], made: Made) -> None:
         "id": re.sub(r"-00001-of-\d{5}$", "", stem).strip("._-")[:63] or "model",
         "model_path": path,
     } | made.recipe
-    if name:
-        first, *more = [item.strip() for item in str(name).split(",") if item.strip()]
-        made.recipe["served_model_name"] = first
-        if more:
-            made.recipe["aliases"] = more
+    names = [item.strip() for item in str(name or "").split(",") if item.strip()]
+    if names:
+        made.recipe["served_model_name"] = names[0]
+    if names[1:]:
+        made.recipe["aliases"] = names[1:]
     slots = values.get("max_num_seqs")
     if isinstance(slots, int) and slots < 1:  # llama-server's word for auto
         del values["max_num_seqs"]

@@ -233,3 +233,8 @@ def test_short_number_is_explained() -> None:
     with pytest.raises(BadRequestError) as caught:
         recipe_from_command(f"llama-server -m {MODEL} -c 8k")
     assert caught.value.hint == "llama-server takes this for 8: write the number in full"
+
+
+def test_alias_without_a_name_is_none() -> None:
+    """Commas alone name nothing."""
+    assert "served_model_name" not in recipe_from_command(f"llama-server -m {MODEL} --alias ,").recipe
