@@ -98,6 +98,11 @@ class AdminRecipes:
         return await self._write(text, recipe)
 
     async def _write(self, text: str, recipe: Recipe) -> web.Response:
+        # The launcher refuses it too, but cannot know better than that root may write such a file by hand.
+        if faults := self._supervisor.catalogue.clashes(recipe, is_new=False):
+            told = "; ".join(map(str, faults[:3]))
+            details = {"faults": [fault_answer(fault) for fault in faults]}
+            raise ConflictError(f"the recipe cannot be stored: {told}", hint=faults[0].hint, details=details)
         await self._writer.put(self._file_of(recipe.id), text)
         await self._reload()
         return json_response({"success": True, "id": recipe.id})

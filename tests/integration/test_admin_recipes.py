@@ -197,11 +197,14 @@ async def test_two_recipes_in_one_file_are_refused(daemon: RunningDaemon, admin:
 
 
 async def test_recipe_that_takes_anothers_name_is_refused(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
-    """Names are unique over all files."""
+    """Names are unique over all files; it is a conflict, which no right of root's would mend."""
     assert (await ask(admin, "POST", "/recipes", recipe(daemon, "one", aliases=["gpt-4o"])))[0] == 200
-    status, answer = await ask(admin, "POST", "/recipes", recipe(daemon, "two", aliases=["gpt-4o"]))
-    assert (status, "gpt-4o" in answer["detail"]) == (403, True)
-    assert [fault["severity"] for fault in answer["faults"]] == ["fault"]
+    for method, path in (("POST", "/recipes"), ("PUT", "/recipes/two")):
+        status, answer = await ask(admin, method, path, recipe(daemon, "two", aliases=["gpt-4o"]))
+        assert (status, answer["kind"], "gpt-4o" in answer["detail"]) == (409, "conflict", True)
+        assert answer["hint"] == "give one of them another name, or remove it"
+        assert [(fault["key"], fault["severity"]) for fault in answer["faults"]] == [("aliases", "fault")]
+    assert (await ask(admin, "PUT", "/recipes/one", recipe(daemon, "one", aliases=["gpt-4o", "mine"])))[0] == 200
 
 
 async def test_new_recipe_never_takes_anothers_place(daemon: RunningDaemon, admin: aiohttp.ClientSession) -> None:
@@ -364,7 +367,7 @@ async def test_recipe_is_changed_and_removed_by_its_id_alone(
     status, answer = await ask(admin, "DELETE", "/recipes/gpt-4o")
     assert (status, answer["kind"], "'one'" in answer["hint"]) == (404, "model_not_found", True), answer
     status, answer = await ask(admin, "PUT", "/recipes/gpt-4o", recipe(daemon, "one"))
-    assert (status, "gpt-4o" in answer["detail"]) == (403, True), answer
+    assert (status, "gpt-4o" in answer["detail"]) == (409, True), answer
     assert [item["id"] for item in (await ask(admin, "GET", "/recipes"))[1]] == ["one"]
     assert (await ask(admin, "DELETE", "/recipes/one"))[0] == 200
 
