@@ -65,6 +65,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   let rest = {};        // what the form has no field for stays as it is
   let isNamed = !isNew; // the id was typed, or is fixed
   let number = 0;
+  let turns = 0;        // which change of tabs is the last
 
   const fields = new Map();
   const add = (list) => h("div", { class: "fields" }, list.map((each) => {
@@ -192,6 +193,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   }
 
   async function go(next) {
+    turns += 1;
     if (next === "form" && owner === "yaml" && !await toForm()) return false;
     if (next === "yaml" && owner === "form" && !await toText()) return false;
     if (next !== "paste") owner = next;
@@ -201,9 +203,20 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     return true;
   }
 
+  /** Ask until nothing was typed during an answer: the other side is filled from the last words. Null where one went elsewhere. */
+  async function askLast() {
+    const mine = turns;
+    for (;;) {
+      const before = now();
+      const answer = await attempt(ask);
+      if (mine !== turns) return null;
+      if (!answer || now() === before) return answer;
+    }
+  }
+
   async function toForm() {
     if (editor.value === synced.text) return true;
-    const answer = await attempt(ask);
+    const answer = await askLast();
     if (answer && !answer.recipe) note("The YAML has faults", { hint: "mend them, or go on in the YAML: the form cannot show it like this", isError: true });
     if (!answer?.recipe) return false;
     fillForm(answer.recipe);
@@ -215,7 +228,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   async function toText() {
     if (isSynced()) { editor.value = synced.text; return true; }
     if (!path.control.value.trim() && !synced.text) { editor.value = "id: \nmodel_path: \n"; return true; }
-    const answer = await attempt(ask);
+    const answer = await askLast();
     if (!answer?.yaml) return false;
     if (/^\s*#|\s#/m.test(synced.text ?? "")) note("The text is made of the form: its comments go", { hint: "the file keeps them for as long as nothing is saved" });
     editor.value = answer.yaml;
@@ -226,6 +239,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   async function takeCommand(event) {
     const answer = await attempt(() => post("/recipes/from-command", { command: command.value }), { control: event.currentTarget });
     if (!answer) return;
+    turns += 1;
     const made = isNew ? answer.recipe : { ...answer.recipe, id };
     fillForm(made);
     isNamed = true;
@@ -359,5 +373,5 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   });
   window.addEventListener("beforeunload", warn);
   check();
-  return () => { ending(); window.removeEventListener("beforeunload", warn); number += 1; };
+  return () => { ending(); window.removeEventListener("beforeunload", warn); number += 1; turns += 1; };
 }

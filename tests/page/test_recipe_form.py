@@ -1,0 +1,98 @@
+"""The recipe's form while answers are slow and others write too: what was typed is never lost without a word."""
+
+import re
+
+import pytest
+from playwright.sync_api import Page, Route, expect
+
+from tests.integration.running_daemon import RunningDaemon
+from tests.page.test_page import stored
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+
+
+class Held:
+    """Requests that get no answer until `release`."""
+
+    def __init__(self, page: Page, url: str, *, method: str) -> None:
+        self._method = method
+        self._routes: list[Route] = []
+        self._is_open = False
+        page.route(url, self._take)
+
+    def _take(self, route: Route) -> None:
+        if self._is_open or route.request.method != self._method:
+            route.continue_()
+        else:
+            self._routes.append(route)
+
+    def release(self) -> None:
+        """Let those go on that were held, and all that come."""
+        self._is_open = True
+        for route in self._routes:
+            route.continue_()
+
+
+def edit(page: Page, daemon: RunningDaemon, model: str = "first") -> None:
+    """Open the form of a recipe that may be saved."""
+    page.goto(f"http://localhost:{daemon.port}/#/recipe/{model}")
+    expect(page.get_by_label("Context", exact=True)).not_to_have_value("")
+    expect(page.get_by_role("button", name="Save", exact=True)).to_be_enabled()
+
+
+def save(page: Page, model: str = "first") -> None:
+    """Save, and see it done."""
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page).to_have_url(f"{page.url.split('#', maxsplit=1)[0]}#/model/{model}")
+
+
+def test_what_is_typed_while_the_text_is_made_is_in_it(signed_in: Page, daemon: RunningDaemon) -> None:
+    """The YAML says what the form said last, not what it said when somebody asked for the YAML."""
+    page = signed_in
+    stored(daemon, "first")
+    edit(page, daemon)
+    context = page.get_by_label("Context", exact=True)
+    context.fill("1024")
+    held = Held(page, "**/recipes/check**", method="POST")
+    with page.expect_request("**/recipes/check**"):
+        page.get_by_role("tab", name="YAML").click()
+    context.fill("2048")
+    held.release()
+    expect(page.get_by_label("The recipe as YAML")).to_have_value(re.compile("max_model_len: 2048"))
+    save(page)
+    assert daemon.admin.get("recipes", "first")["max_model_len"] == 2048
+
+
+def test_what_is_typed_while_the_form_is_filled_is_in_it(signed_in: Page, daemon: RunningDaemon) -> None:
+    """The other way round."""
+    page = signed_in
+    stored(daemon, "first")
+    edit(page, daemon)
+    page.get_by_role("tab", name="YAML").click()
+    editor = page.get_by_label("The recipe as YAML")
+    text = editor.input_value()
+    editor.fill(text.replace("512", "1024"))
+    held = Held(page, "**/recipes/check**", method="POST")
+    with page.expect_request("**/recipes/check**"):
+        page.get_by_role("tab", name="Form").click()
+    editor.fill(text.replace("512", "2048"))
+    held.release()
+    expect(page.get_by_label("Context", exact=True)).to_have_value("2048")
+    save(page)
+    assert daemon.admin.get("recipes", "first")["max_model_len"] == 2048
+
+
+def test_last_tab_that_was_chosen_counts(signed_in: Page, daemon: RunningDaemon) -> None:
+    """An answer that comes late takes nobody away from where one went meanwhile."""
+    page = signed_in
+    stored(daemon, "first")
+    edit(page, daemon)
+    page.get_by_label("Context", exact=True).fill("1024")
+    held = Held(page, "**/recipes/check**", method="POST")
+    with page.expect_request("**/recipes/check**"):
+        page.get_by_role("tab", name="YAML").click()
+    page.get_by_role("tab", name="Form").click()
+    held.release()
+    page.get_by_label("Context", exact=True).fill("2048")
+    expect(page.get_by_label("Preview")).to_contain_text("2,048 tokens for each")
+    expect(page.get_by_role("tab", name="Form")).to_have_attribute("aria-selected", "true")
