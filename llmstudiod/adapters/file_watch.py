@@ -27,7 +27,7 @@ class FileWatch:
 
     def __init__(self, look: Callable[[], Files], known: Callable[[], Files]) -> None:
         self._look, self._known = look, known
-        self._told: Files | None = None
+        self._told: dict[str, tuple[object, object]] = {}  # how each file was known to be, and was, at the last notice
 
     async def changed(self, *, period_s: float, settle_s: float) -> None:
         """Return when a file is another than the known one, and has been still for ``settle_s``."""
@@ -36,16 +36,17 @@ class FileWatch:
             now = await in_own_thread(self._look)
             new = self._new(now)
             if last is not None and any(now.get(path) == last.get(path) for path in new):
-                self._told = now
+                known = self._known()
+                self._told = {path: (known.get(path), now.get(path)) for path in now.keys() | known.keys()}
                 return
             last = now
             await asyncio.sleep(settle_s if new else period_s)
 
     def _new(self, now: Files) -> set[str]:
-        known, told = self._known(), self._told
+        known = self._known()
         new = {path for path in now.keys() | known.keys() if now.get(path) != known.get(path)}
         # Once is enough, also where it could not be read.
-        return new if told is None else {path for path in new if now.get(path) != told.get(path)}
+        return {path for path in new if self._told.get(path) != (known.get(path), now.get(path))}
 
 
 def model_files(directories: Iterable[str]) -> dict[str, object]:

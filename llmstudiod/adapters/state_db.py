@@ -30,6 +30,9 @@ _COLUMNS = "key TEXT PRIMARY KEY, at REAL NOT NULL, value TEXT NOT NULL"
 _TABLES = ("learned", "holdings", "stories", "totals", "sessions", "pins")
 
 
+_Identity = tuple[int, int] | None
+
+
 class _UnusableError(Exception):
     """The file is a database, but not one of ours."""
 
@@ -46,7 +49,8 @@ class StateDb:
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "state.db")
         self._connection: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None  # of the file that is open
+        self._identity: _Identity = None  # of the file that is open
+        self._ours: dict[Path, _Identity] = {}  # those beside it, which are no other file's
         self._looked_at = 0.0
         self._complained = ""
 
@@ -156,21 +160,19 @@ class StateDb:
         if self._connection is None:
             self._connection = self._opened()
             self._identity = self._identity_now()
+            self._note_ours()
             self._looked_at = time.monotonic()
         return self._connection
 
-    def _identity_now(self) -> tuple[int, int] | None:
-        try:
-            status = self._path.stat() if self._path else None
-        except OSError:
-            return None
-        return (status.st_dev, status.st_ino) if status else None
+    def _identity_now(self) -> _Identity:
+        return _identity(self._path) if self._path else None
 
     def _follow_file(self, connection: "sqlite3.Connection") -> None:
         """Notice that somebody removed or replaced the file; what was removed is still open, and is written again."""
         self._looked_at = time.monotonic()
         found = self._identity_now()
         if found == self._identity:
+            self._note_ours()
             return
         try:
             if found is None:
@@ -180,15 +182,21 @@ class StateDb:
         finally:
             connection.close()
             self._connection = None
+            for path, identity in self._ours.items():  # the new file would be read with them
+                if identity is not None and _identity(path) == identity:
+                    path.unlink(missing_ok=True)
+
+    def _note_ours(self) -> None:
+        self._ours = {path: _identity(path) for path in self._beside()} if self._path else {}
 
     def _write_again(self, connection: "sqlite3.Connection") -> None:
         import sqlite3
 
         assert self._path is not None
         part = self._path.with_name(f"{self._path.name}.part")
-        for path in (part, *self._beside()):
-            path.unlink(missing_ok=True)
         try:
+            for path in (part, *self._beside()):
+                path.unlink(missing_ok=True)
             with closing(sqlite3.connect(part)) as copy:
                 connection.backup(copy)
             part.replace(self._path)
@@ -255,6 +263,15 @@ class StateDb:
         if reason != self._complained:
             logger.error("%s: %s; what would be recorded is lost until that is mended", self._path, reason)
             self._complained = reason
+
+
+def _identity(path: Path) -> _Identity:
+    """Return what tells a file from any other; None: there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _refuse_version(connection: "sqlite3.Connection") -> None:

@@ -168,7 +168,9 @@ def digest(raw: bytes) -> str:
 
 def noted(written: Mapping[str, Sequence[str]], name: str, raw: bytes) -> dict[str, Sequence[str]]:
     """Return what the launcher notes before it writes a file: the `digest` of the last few texts, by name."""
-    return {**written, name: [*written.get(name, ())[-KEPT_DIGESTS:], digest(raw)]}
+    before = written.get(name, ())
+    before = [before] if isinstance(before, str) else before  # of an earlier version
+    return {**written, name: [*before[-KEPT_DIGESTS:], digest(raw)]}
 
 
 def refused_over_http(recipe: Recipe) -> list[Fault]:

@@ -400,7 +400,8 @@ class Application:
 
     async def _reread_keys(self) -> None:
         """Take what the keys file holds now, which somebody may have changed a moment ago."""
-        self.access.rules = await asyncio.to_thread(self._rules, self.loaded.settings)
+        async with self._reloading:  # what a reload has read meanwhile is newer
+            self.access.rules = await asyncio.to_thread(self._rules, self.loaded.settings)
 
     async def _put_keys(self, keys: tuple[Key, ...]) -> None:
         """Replace all keys, by the launcher where there is one: the file is root's."""

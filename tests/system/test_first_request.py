@@ -219,7 +219,7 @@ def test_model_of_a_removed_recipe_is_stopped_by_the_next_daemon(daemon: Daemon)
     daemon.put_recipe({"id": "changed", "model_path": f"{MODELS}/tiny.gguf", "max_num_seqs": 2})
     first = daemon.pid(unit_of("changed"))
     assert daemon.chat("changed")
-    wait_until(lambda: daemon.pid(unit_of("gone")) == 0)
+    wait_until(lambda: daemon.pid(unit_of("gone")) == 0, timeout_s=90)  # nobody is stopped at first sight
     wait_until(lambda: daemon.pid(unit_of("changed")) != first)
     assert daemon.chat("changed")
     assert daemon.starts_of("changed") == 2

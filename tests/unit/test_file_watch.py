@@ -117,6 +117,18 @@ async def test_error_is_raised_where_it_is_awaited() -> None:
         await in_own_thread(lambda: 1 // 0)
 
 
+async def test_removal_of_what_was_read_by_another_way_is_noticed() -> None:
+    """A file that came and was read while nobody looked, and was removed by hand afterwards."""
+    files, known = {"x": 1}, {"x": 1}
+    watch = FileWatch(lambda: dict(files), lambda: dict(known))
+    files["x"] = 2
+    await asyncio.wait_for(watch.changed(period_s=0.001, settle_s=0.001), 10)
+    known.update(files)
+    files["y"] = known["y"] = 1
+    del files["y"]
+    await asyncio.wait_for(watch.changed(period_s=0.001, settle_s=0.001), 10)
+
+
 def test_model_files(tmp_path: Path) -> None:
     """GGUFs below the directories count, with size, times and mode; other files and lost directories do not."""
     (tmp_path / "deep").mkdir()

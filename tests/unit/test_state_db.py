@@ -162,11 +162,11 @@ def test_file_that_is_replaced_counts(
     other.put("learned", "a", {"kv": 1})
     other.close()
     state = StateDb(path)
-    state.put("learned", "a", {"kv": 2})
-    for suffix in ("-wal", "-shm"):
-        path.with_name(f"state.db{suffix}").unlink()
+    for number in range(50):  # its log of changes is left beside the file, and no part of the new one
+        state.put("learned", f"old{number}", {"kv": number})
     path.with_name("other.db").replace(path)
     assert state.get("learned", "a") == {"kv": 1}
+    assert state.get("learned", "old1") is None
     assert "was replaced" in caplog.text
     state.put("learned", "b", {"kv": 3})
     assert counts(path, "learned") == 2
