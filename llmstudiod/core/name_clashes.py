@@ -4,6 +4,7 @@ A new name that is taken is an invalid change like any other: what was in force 
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from llmstudiod.core.last_good import stays
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry
@@ -13,12 +14,14 @@ def without_clashes(found: LoadedRecipes, before: Iterable[RecipeEntry] = ()) ->
     """Return the recipes that have their names for themselves, and the others as faults.
 
     Who had a name in ``before``, and has it still, keeps it. A recipe that was edited to claim the name of another
-    falls back to its earlier version; one that was not there before is left out.
+    falls back to its earlier version; one that was not there before is left out, and what its file held instead of it
+    stays: its id was changed to one that is taken.
     """
     in_force = {entry.recipe.id: entry for entry in before}
     held = {name: entry.recipe.id for entry in in_force.values() for name in entry.recipe.names}
     entries, faults = _one_for_each_id(found.entries, in_force)
     fallen: dict[str, Fault] = {}
+    returned: dict[str, Fault] = {}
     while True:  # who falls back claims names again that others may have taken meanwhile: at most once for each recipe
         clashes = _clashes(entries, held)
         back = {
@@ -26,13 +29,21 @@ def without_clashes(found: LoadedRecipes, before: Iterable[RecipeEntry] = ()) ->
             for model, fault in clashes.items()
             if model not in fallen and model in in_force and in_force[model].file == entries[model].file
         }
-        if not back:
+        renamed = {entries[model].file: fault for model, fault in clashes.items() if model not in in_force}
+        again = {
+            model: replace(stays(renamed[entry.file]), recipe_id=model)
+            for model, entry in in_force.items()
+            if entry.file in renamed and model not in entries and model not in returned
+        }
+        if not back and not again:
             break
         fallen |= back
-        entries |= {model: in_force[model] for model in back}
+        returned |= again
+        entries |= {model: in_force[model] for model in (*back, *again)}
+    told = (*fallen.values(), *(fault for model, fault in returned.items() if model not in clashes))
     return LoadedRecipes(
         tuple(entry for model, entry in entries.items() if model not in clashes),
-        (*found.faults, *faults, *fallen.values(), *(f for model, f in clashes.items() if model not in fallen)),
+        (*found.faults, *faults, *told, *(f for model, f in clashes.items() if model not in fallen)),
     )
 
 

@@ -196,6 +196,16 @@ def test_edited_recipe_that_claims_a_taken_name_stays_as_it_was(directory: Direc
     assert directory.put(b=B.replace("gpt", "x")) == {"a": ("a",), "b": ("b", "x")}
 
 
+def test_id_that_is_changed_to_a_taken_one_leaves_the_recipe_as_it_was(directory: Directory) -> None:
+    """Its model serves on under the old id, and the fault says so; the new id counts once it is free."""
+    for _ in range(2):
+        assert directory.put(a=A.replace("id: a", "id: gpt")) == {"a": ("a",), "b": ("b", "gpt")}
+        assert directory.faults() == [("a", "id", "a"), ("a", "id", "gpt")]
+        assert "last good version stays in force" in (directory.in_force.faults[0].hint or "")
+    assert directory.put(b=B.replace("gpt", "x")) == {"gpt": ("gpt",), "b": ("b", "x")}
+    assert directory.faults() == []
+
+
 def test_name_that_falls_back_is_not_free(directory: Directory) -> None:
     """Who claims the alias that an edited recipe gave up gets it, unless the edit does not count."""
     with_gpt = A + "aliases: [gpt]\n"
