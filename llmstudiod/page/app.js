@@ -23,6 +23,7 @@ const scrolled = new Map();
 let leave = () => {};
 let dismissSignIn = () => {};
 let isSignedIn = false;
+let isMissing = false;  // the page that was asked for could not be fetched
 let isIncomplete = false;  // the page that is shown has lost a question to the end of the session
 let shown = null;
 let asked = 0;
@@ -58,6 +59,7 @@ async function show({ isFirst = false } = {}) {
   leave = () => {};
   if (!isFirst) clearNotes();
   drawNav(name);
+  isMissing = isAway;
   shown = isAway ? null : hash;
   isIncomplete = false;
   if (isAway) put(main, h("h1", {}, "The daemon cannot be reached"), h("p", { class: "quiet" }, "This page comes as soon as it answers again."));
@@ -80,7 +82,7 @@ function drawLink() {
   const link = document.getElementById("link");
   mark(link, "data-state", store.link);
   say(link, store.link === "open" ? "live" : store.link === "lost" ? "connection lost, trying again …" : "");
-  if (store.link === "open" && shown === null) show();
+  if (store.link === "open" && isMissing) show();
 }
 
 /** Say aloud what became of loads, for those who do not see it. */
