@@ -6,17 +6,22 @@ names a model gets its slots, its last hour and its log by the same stream: a br
 """
 
 import asyncio
+import logging
 import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 
 from llmstudiod.core.lifecycle import InstanceView, State, StopCause, Transition
 from llmstudiod.http.answers import json_response
+from llmstudiod.http.query import truth
 from llmstudiod.http.streams import Streams, Write, event_bytes
+
+logger = logging.getLogger(__name__)
 
 KEPT = 1000
 QUEUE = 500
@@ -122,29 +127,30 @@ class Events:
         """Send events until the subscriber goes."""
         last, model = request.headers.get("Last-Event-ID", ""), request.query.get("model")
         along = self._along(model) if model else ()
-        return await self._streams.answer(request, lambda write: self._copy_all(last, along, write))
+        first = partial(self._first, last, is_brief=truth(request, "brief"))
+        return await self._streams.answer(request, lambda write: self._copy_all(first, along, write))
 
     async def stats(self, _: web.Request) -> web.Response:
         """Answer how many read along, in vllm-studio's words."""
         return json_response({"total_events_published": self._n_published, "channels": {"default": len(self._queues)}})
 
-    async def _copy_all(self, last: str, along: Sequence[Copy], write: Write) -> None:
+    async def _copy_all(self, first: Callable[[], list[bytes]], along: Sequence[Copy], write: Write) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                others = [group.create_task(copy(write)) for copy in along]
-                await self._copy(last, write)
+                others = [group.create_task(_part(copy, write)) for copy in along]
+                await self._copy(first, write)
                 for other in others:
                     _ = other.cancel()
         except* ConnectionError as gone:
             raise ConnectionAbortedError("the reader has left") from gone
 
-    async def _copy(self, last: str, write: Write) -> None:
+    async def _copy(self, first: Callable[[], list[bytes]], write: Write) -> None:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)
-        first = self._first(last)
+        begin = first()  # in one step with the queue's beginning, so that nothing is missed in between
         self._queues.add(queue)
         self._someone.set()
         try:
-            for event in first:
+            for event in begin:
                 await write(event)
             while True:
                 try:
@@ -160,15 +166,43 @@ class Events:
             if not self._queues:
                 self._someone.clear()
 
-    def _first(self, last: str) -> list[bytes]:
-        """Return what a subscriber must get first, who has seen everything up to ``last``."""
+    def _first(self, last: str, *, is_brief: bool = False) -> list[bytes]:
+        """Return what a subscriber must get first, who has seen everything up to ``last``.
+
+        ``is_brief``: without the fields that say nothing, which is half of it.
+        """
         missed: list[bytes] = []
         boot, _, number = last.rpartition("-")
         if boot == self._boot and _NUMBER.fullmatch(number):
             seen = int(number)
             if self._kept and self._kept[0][0] <= seen + 1:
                 missed = [event for each, event in self._kept if each > seen]
-        return [*missed, event_bytes("snapshot", self._snapshot(), f"{self._boot}-{self._number}")]
+        snapshot = self._snapshot()
+        if is_brief:
+            snapshot = {name: [_brief(item) for item in items] for name, items in snapshot.items()}
+        return [*missed, event_bytes("snapshot", snapshot, f"{self._boot}-{self._number}")]
+
+
+async def _part(copy: Copy, write: Write) -> None:
+    """Write a part of a stream; a bug in it ends that part alone, and is told."""
+    try:
+        await copy(write)
+    except ConnectionError:
+        raise
+    except Exception:
+        logger.exception("a part of an event stream has ended")
+        told = {"detail": "an internal error, see the daemon's log", "kind": "internal", "hint": None}
+        await write(event_bytes("failure", told))
+
+
+def _brief(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an instance without what is null.
+
+    >>> _brief({"id": "a", "reason": None, "memory": {"measured": None}, "failures": 0})
+    {'id': 'a', 'failures': 0}
+    """
+    found = {name: _brief(value) if isinstance(value, dict) else value for name, value in item.items()}
+    return {name: value for name, value in found.items() if value is not None and value != {}}
 
 
 def _launch_progress(model: str, step: Transition | None, shown: InstanceView) -> dict[str, Any]:

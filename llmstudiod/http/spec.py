@@ -47,6 +47,7 @@ class Operation:
 
 
 _FORCE = Query("force", _TRUTH, "do not wait for requests in flight")
+_BRIEF = Query("brief", {"type": "boolean"}, "the snapshot without what is null")
 _MODEL = Query("model", {"type": "string"}, "whose slots and log are told as well")
 _LIMIT = Query("limit", {"type": "integer", "minimum": 0, "maximum": 20000}, "lines")
 _TRUSTED = Query("trusted", _TRUTH, "judge it as a file that root writes by hand")
@@ -150,8 +151,8 @@ OPERATIONS = (
     ),
     Operation(
         "get", "/events", "what happens, as it happens; begins with a snapshot; of one model its slots and log too",
-        {200: EVENTS},
-        query=(_MODEL,),
+        {200: EVENTS, 400: s.Problem},
+        query=(_MODEL, _BRIEF),
     ),
     Operation("get", "/events/stats", "how many read along", {200: s.EventStats}),
     Operation("get", "/metrics", "Prometheus' text format", {200: TEXT}),

@@ -171,7 +171,7 @@ export function connect() {
   stream?.close();
   stream = null;
   if (document.hidden) { wasAway = true; return; }
-  const path = followed ? `/events?model=${encodeURIComponent(followed.id)}` : "/events";
+  const path = followed ? `/events?brief=true&model=${encodeURIComponent(followed.id)}` : "/events?brief=true";
   stream = new Stream(path, {
     snapshot: takeAll,
     instances: takeSome,

@@ -8,7 +8,7 @@ import pytest
 
 from llmstudiod.core.lifecycle import Failure, Instance, State, StopCause, Transition, view
 from llmstudiod.ctl.show import event_line
-from llmstudiod.http.events import KEPT, QUEUE, Events
+from llmstudiod.http.events import KEPT, QUEUE, Events, _part
 from llmstudiod.http.live import Live
 from llmstudiod.http.streams import Streams
 from tests.unit.scheduler_world import spec
@@ -27,6 +27,13 @@ def test_snapshot_comes_first() -> None:
     for last in ("", "nonsense", "other-1", "other-", "-1"):
         (first,) = events._first(last)
         assert parsed(first)[1:] == ("snapshot", {"instances": ["x"]})
+
+
+def test_brief_snapshot_leaves_out_what_says_nothing() -> None:
+    """A page with hundreds of models has less to wait for."""
+    item = {"id": "a", "reason": None, "in_flight": 0, "memory": {"estimated": None, "measured": None}}
+    (first,) = Events(lambda: {"instances": [item]}, Streams())._first("", is_brief=True)
+    assert parsed(first)[2] == {"instances": [{"id": "a", "in_flight": 0}]}
 
 
 def test_resumes_where_it_was_left() -> None:
@@ -186,3 +193,18 @@ def test_load_cancelled_before_its_start_is_told() -> None:
     events.observe("a", None, view(Instance(spec("a"), since=0.0, stop_cause=StopCause.CANCELLED)))
     told = parsed(events._kept[0][1])[2]
     assert (told["stage"], told["message"]) == ("cancelled", "its load was cancelled")
+
+
+async def test_bug_in_one_part_ends_that_part_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """It is told in the stream and logged; the events go on."""
+    written: list[bytes] = []
+
+    async def write(data: bytes) -> None:
+        written.append(data)
+
+    async def broken(_: object) -> None:
+        raise KeyError("a bug")
+
+    await _part(broken, write)
+    assert written[0].startswith(b"event: failure\n")
+    assert "a bug" in caplog.text
