@@ -90,11 +90,11 @@ class Daemon:
         return len(self.host.run("journalctl", "--quiet", "--output=cat", *match).stdout.splitlines())
 
     def reset(self) -> None:
-        """Stop everything, and forget recipes and settings."""
+        """Stop everything, and forget recipes, settings, and what a daemon knows of before: pins, say."""
         self.systemctl("stop", *SOCKETS, SERVICE)
         self.systemctl("stop", "llmstudio-models.slice")
         self.systemctl("reset-failed")
-        self.host.run("sh", "-c", f"rm -rf {RECIPES}/* {SETTINGS}")
+        self.host.run("sh", "-c", f"rm -rf {RECIPES}/* {SETTINGS} /var/lib/llmstudio/state.db*")
 
     # Administration
 
