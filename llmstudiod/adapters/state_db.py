@@ -51,6 +51,7 @@ class StateDb:
         self._connection: sqlite3.Connection | None = None
         self._identity: _Identity = None  # of the file that is open
         self._ours: dict[Path, _Identity] = {}  # those beside it, which are no other file's
+        self._stale: dict[Path, _Identity] = {}  # those of a file that is gone
         self._looked_at = 0.0
         self._complained = ""
 
@@ -137,7 +138,7 @@ class StateDb:
             with self._lock:
                 try:
                     return action(self._current())
-                except (sqlite3.Error, _UnusableError) as error:
+                except (sqlite3.Error, _UnusableError, OSError) as error:
                     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
                     if code != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
                         self._failed(error, code)
@@ -158,6 +159,7 @@ class StateDb:
         if self._connection is not None and time.monotonic() >= self._looked_at + LOOK_S:
             self._follow_file(self._connection)
         if self._connection is None:
+            self._remove_stale()
             self._connection = self._opened()
             self._identity = self._identity_now()
             self._note_ours()
@@ -182,9 +184,14 @@ class StateDb:
         finally:
             connection.close()
             self._connection = None
-            for path, identity in self._ours.items():  # the new file would be read with them
-                if identity is not None and _identity(path) == identity:
-                    path.unlink(missing_ok=True)
+            self._stale = self._ours
+
+    def _remove_stale(self) -> None:
+        """Remove what a file that is gone has left: the new one, which is opened next, would be read with it."""
+        for path, identity in self._stale.items():
+            if identity is not None and _identity(path) == identity:
+                path.unlink(missing_ok=True)
+        self._stale = {}
 
     def _note_ours(self) -> None:
         self._ours = {path: _identity(path) for path in self._beside()} if self._path else {}

@@ -1,6 +1,7 @@
 """``state.db``: whatever happens to it costs only what it held."""
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -170,6 +171,31 @@ def test_file_that_is_replaced_counts(
     assert "was replaced" in caplog.text
     state.put("learned", "b", {"kv": 3})
     assert counts(path, "learned") == 2
+
+
+def test_replaced_file_waits_for_the_log_of_the_old_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While that cannot be removed nothing is read or written, and nobody fails."""
+    monkeypatch.setattr(state_db, "LOOK_S", 0.0)
+    other = StateDb(path.with_name("other.db"))
+    other.put("learned", "a", {"kv": 1})
+    other.close()
+    state = StateDb(path)
+    state.put("learned", "old", {"kv": 2})
+    path.with_name("other.db").replace(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        for _ in range(2):
+            state.put("learned", "lost", {"kv": 3})
+            assert state.all("learned") == {}
+    assert caplog.text.count("Read-only file system") == 1
+    assert state.all("learned") == {"a": {"kv": 1}}
+
+
+def refuse(_path: Path, *, missing_ok: bool = False) -> None:
+    """Fail as where a disk has gone bad."""
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_file_is_looked_at_once_a_second(path: Path) -> None:
