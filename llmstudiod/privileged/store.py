@@ -75,11 +75,11 @@ class Store:
             remove_trusted(path, owner=self._owner)
 
     def _written(self, name: str, path: str) -> dict[str, Any]:
-        """Return what came over HTTP, by name; AccessDeniedError where another file is in the place of this one."""
+        """Return what came over HTTP and is there, by name; AccessDeniedError where another file is in its place."""
         written = self.kept("written.json") or {}
         if os.path.lexists(path):
             strict.refuse_foreign(path, self._read(path), written.get(name))
-        return written
+        return {each: noted for each, noted in written.items() if os.path.lexists(Path(path).with_name(each))}
 
     def _others(self, path: str) -> Iterator[LoadedRecipes]:
         """Yield the other recipe files of a directory, as far as they can be trusted."""

@@ -418,6 +418,20 @@ def test_recipe_over_http_is_written(store: Store, etc: Path) -> None:
     assert list(path.parent.iterdir()) == [path.parent / "m.yaml"]
 
 
+def test_what_was_noted_of_removed_recipes_is_forgotten(store: Store, etc: Path) -> None:
+    """With the next one that is written: it does not grow for ever. What is there still is ours."""
+    store.put_recipe("stays.yaml", good(etc).replace("id: new", "id: stays"), store.settings())
+    for name in ("over-http.yaml", "by-hand.yaml"):
+        store.put_recipe(name, good(etc), store.settings())
+        if name == "by-hand.yaml":
+            (etc / "recipes.d" / name).unlink()
+        else:
+            store.delete_recipe(name, store.settings())
+    store.put_recipe("new.yaml", good(etc), store.settings())
+    assert sorted(store.kept("written.json") or {}) == ["new.yaml", "stays.yaml"]
+    store.delete_recipe("stays.yaml", store.settings())
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -488,6 +502,15 @@ def test_recipe_that_a_person_edited_is_theirs(store: Store, etc: Path) -> None:
         file.write("# mine now\n")
     with pytest.raises(AccessDeniedError, match="written by hand"):
         store.put_recipe("new.yaml", good(etc), store.settings())
+
+
+def test_what_an_earlier_version_noted_counts(store: Store, etc: Path) -> None:
+    """It noted one text for each file; a crash while the next one is written leaves that or the noted one."""
+    path = put(etc, "new.yaml", good(etc))
+    store.keep("written.json", {"new.yaml": strict.digest(path.read_bytes())})
+    store.put_recipe("new.yaml", good(etc) + "# again\n", store.settings())
+    path.write_text(good(etc))
+    store.delete_recipe("new.yaml", store.settings())
 
 
 async def test_whose_file_it_is_can_be_asked(store: Store, etc: Path) -> None:
