@@ -114,8 +114,9 @@ class Runs:
 
     def start(self, action: StartUnit) -> None:
         """Begin a run."""
+        before = self._runs.get(action.model)
         run = self._runs[action.model] = Run(action.run)
-        run.task = self._spawn(self._start(action, run), f"start {action.model}")
+        run.task = self._spawn(self._start(action, run, before.unit if before else None), f"start {action.model}")
 
     def watch(self, action: WatchUnit) -> None:
         """Go on with a unit that was found."""
@@ -151,7 +152,7 @@ class Runs:
         finally:
             self._post(PlanVetted(self._clock(), action.model, action.recipe_hash, failure, wish, is_proven))
 
-    async def _start(self, action: StartUnit, run: Run) -> None:
+    async def _start(self, action: StartUnit, run: Run, before: Unit | None) -> None:
         """Plan and start, then watch: the whole life of one run."""
         model = action.model
         try:
@@ -169,6 +170,8 @@ class Runs:
             run.launched.set()
         logger.info("%s: %s was started, pid %d", model, run.unit.name, run.unit.pid)
         self._post(UnitStarted(self._clock(), model, run.number))
+        if self._launcher.outlives_us and before is not None:  # it is over for sure: it had the same name
+            self._planner.learning.forget(before.invocation_id)
         if self._launcher.outlives_us and action.placement is not None:
             self._planner.learning.remember(run.unit.invocation_id, action.placement)
         await self._watch(model, run)

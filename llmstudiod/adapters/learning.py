@@ -88,6 +88,11 @@ class Learning:
         found = values.get("warnings") if values else None
         return tuple(map(str, found)) if isinstance(found, list) else None
 
+    def forget(self, invocation_id: str) -> None:
+        """Give up what was kept of a unit, which has ended; never waits."""
+        for key in (invocation_id, f"{invocation_id}/warnings"):
+            self._state.delete_soon(_HOLDINGS, key)
+
     def _runtime(self, placement: Placement, told: Told, pid: int) -> int | None:
         """Return the most that a process has on one of its GPUs beside its buffers."""
         if not placement.gpus or self._measure is None:

@@ -1,8 +1,8 @@
 """``state.db``: what the daemon has learned and may lose. SQLite in WAL mode, in the daemon's state directory.
 
 Whatever happens to the file costs only what it held. A file that is none is put aside and a new one is made; one that
-was removed is written again; a disk that is full stops the recording, not the serving. All but `StateDb.put_soon`
-blocks, and is called in threads.
+was removed is written again; a disk that is full stops the recording, not the serving. All but `StateDb.put_soon` and
+`StateDb.delete_soon` blocks, and is called in threads.
 """
 
 import json
@@ -85,7 +85,11 @@ class StateDb:
 
     def put_soon(self, table: str, key: str, value: Mapping[str, Any]) -> None:
         """Have a value kept, and wait for nothing."""
-        self._writer.submit(self.put, table, key, value).add_done_callback(Future.result)  # a bug is logged
+        self._soon(self.put, table, key, value)
+
+    def delete_soon(self, table: str, key: str) -> None:
+        """Have a value forgotten, after what was to be put before, and wait for nothing."""
+        self._soon(self.delete, table, key)
 
     def delete(self, table: str, key: str) -> None:
         """Forget what was put under a key."""
@@ -125,6 +129,9 @@ class StateDb:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
+
+    def _soon(self, action: Callable[..., None], *values: object) -> None:
+        self._writer.submit(action, *values).add_done_callback(Future.result)  # a bug is logged
 
     def _do(self, action: "Callable[[sqlite3.Connection], T]", *, patience_s: float) -> T | None:
         """Do something with the database; what cannot be read or written is told once, and is None.

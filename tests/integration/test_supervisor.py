@@ -135,6 +135,21 @@ async def test_start_does_not_wait_for_the_database(
     assert state.get("holdings", "run-1") is not None
 
 
+async def test_what_is_kept_of_a_run_goes_with_the_next(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest rows give way to new ones: those of ended runs must not push out that of a model that lasts."""
+    state = StateDb(None)
+    monkeypatch.setattr(house.launcher, "outlives_us", True)
+    house.planner.learning = Learning(state, None)
+    house.planner.wishes = {"tiny": wish("tiny", 1)}
+    house.supervisor.measure_with(lambda at: Memory(at, Room(12 << 30), Room(12 << 30)))
+    await house.supervisor.load("tiny")
+    house.planner.learning.remember_warnings("run-1", ["11 of 17 layers are on the GPU"])
+    await eventually(lambda: state.all("holdings").keys() == {"run-1", "run-1/warnings"})
+    await house.supervisor.unload("tiny")
+    await house.supervisor.load("tiny")
+    await eventually(lambda: state.all("holdings").keys() == {"run-2"})
+
+
 async def test_unload_while_it_loads_answers_who_waits(house: House) -> None:
     """A stop does not wait for a readiness that may never come."""
     house.tiny.is_ready = False
