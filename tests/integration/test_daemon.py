@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,9 @@ import openai
 import psutil
 import pytest
 
+from llmstudiod.adapters.key_file import read_keys, write_own_keys
+from llmstudiod.core.keys import Key, hash_of, write_keys
+from llmstudiod.daemon import application
 from llmstudiod.daemon.application import Application
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
@@ -249,18 +253,46 @@ async def test_what_changes_while_the_daemon_starts_is_noticed(tmp_path: Path) -
     config = tmp_path / "llmstudiod.yaml"
     settings = {"recipes_dir": str(tmp_path / "recipes.d"), "model_dirs": [str(tmp_path / "models")]}
     config.write_text(json.dumps(settings | {"launcher": "subprocess", "runtime_dir": str(tmp_path)}))
-    application = Application(config, {}, clock=time.monotonic)
-    watches = (application.config_watch(), application.model_watch())
+    app = Application(config, {}, clock=time.monotonic)
+    watches = (app.config_watch(), app.model_watch())
     (tmp_path / "recipes.d" / "new.yaml").write_text("model_path: /m.gguf")
     write_tiny_gguf(tmp_path / "models" / "new.gguf")
     async with asyncio.timeout(5):
         for watch in watches:
             await watch.changed(period_s=0.01, settle_s=0.01)
-    await application.reload()
+    await app.reload()
     for watch in watches:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await watch.changed(period_s=0.01, settle_s=0.01)
+
+
+async def test_keys_that_a_reload_reads_meanwhile_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that was taken away is not back in force because somebody was still reading the file as it was."""
+    (tmp_path / "models").mkdir()
+    config, keys = tmp_path / "llmstudiod.yaml", tmp_path / "keys"
+    settings = {"keys_file": str(keys), "recipes_dir": str(tmp_path), "model_dirs": [str(tmp_path / "models")]}
+    config.write_text(json.dumps(settings | {"launcher": "subprocess", "runtime_dir": str(tmp_path)}))
+    write_own_keys(keys, write_keys((Key("lost", hash_of("x")),)))
+    app = Application(config, {}, clock=time.monotonic)
+    has_read, may_go_on = threading.Event(), threading.Event()
+
+    def slowly(path: Path) -> tuple[Key, ...]:
+        found = read_keys(path)
+        if not has_read.is_set():
+            has_read.set()
+            may_go_on.wait(10)
+        return found
+
+    monkeypatch.setattr(application, "read_keys", slowly)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(app._reread_keys())
+        await asyncio.to_thread(has_read.wait, 10)
+        write_own_keys(keys, write_keys(()))
+        reload = tasks.create_task(app.reload())
+        await asyncio.wait({reload}, timeout=0.5)  # it waits for its turn
+        may_go_on.set()
+    assert app.access.rules.keys == ()
 
 
 def test_idle_unload(tmp_path: Path) -> None:
