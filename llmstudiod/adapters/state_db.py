@@ -40,12 +40,13 @@ class _UnusableError(Exception):
 class StateDb:
     """Values as JSON, by table and key, and whole tables. Thread-safe. ``path`` None keeps them in memory.
 
-    ``tables`` are made beside its own: ``name (columns)``.
+    ``tables`` are made beside its own: ``name (columns)``. ``retired`` are of an earlier version, and dropped.
     """
 
-    def __init__(self, path: Path | None, *, tables: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path | None, *, tables: Sequence[str] = (), retired: Sequence[str] = ()) -> None:
         self._path = path
         self._tables = (*(f"{table} ({_COLUMNS})" for table in _TABLES), *tables)
+        self._retired = retired
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "state.db")
         self._connection: sqlite3.Connection | None = None
@@ -238,6 +239,8 @@ class StateDb:
                 for table in self._tables:
                     connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
                 connection.execute(f"PRAGMA user_version = {VERSION}")
+            for table in self._retired:
+                connection.execute(f"DROP TABLE IF EXISTS {table}")
         except (sqlite3.Error, _UnusableError):
             connection.close()
             raise

@@ -70,6 +70,8 @@ TABLES = (
     "peaks (model TEXT PRIMARY KEY, prefill_tps, generation_tps, ttft_ms)",
     "lifetime (name TEXT PRIMARY KEY, value NOT NULL)",
 )
+RETIRED = ("used",)
+"""It held sums that were counted otherwise."""
 
 
 class Served(NamedTuple):

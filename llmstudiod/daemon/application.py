@@ -111,7 +111,7 @@ class Application:
         self._measure_machine: Callable[[], Machine] | None = None
         database = Path(state.partition(":")[0]) / "state.db" if self._snapshot_dir and state else None
         self._database = database
-        self.state = StateDb(database, tables=usage_log.TABLES)
+        self.state = StateDb(database, tables=usage_log.TABLES, retired=usage_log.RETIRED)
         learning = Learning(self.state, self.machine)
         self.planner = Planner(settings, self.launcher, program, measure=self.machine, learning=learning)
         self.pools = Pools()

@@ -217,6 +217,17 @@ def test_value_that_is_refused_loses_nothing_else(path: Path, caplog: pytest.Log
     assert not path.with_name("state.db.broken").exists()
 
 
+def test_table_that_nobody_reads_any_more_goes(path: Path) -> None:
+    """It would stay for ever; all others keep what they hold."""
+    first = StateDb(path, tables=["old (name TEXT)", "more (name TEXT)"])
+    first.write(("INSERT INTO old VALUES (?)", [("x",)]), ("INSERT INTO more VALUES (?)", [("x",)]))
+    first.close()
+    state = StateDb(path, tables=["more (name TEXT)"], retired=["old"])
+    assert state.rows("SELECT name FROM more") == [{"name": "x"}]
+    assert state.rows("SELECT name FROM sqlite_master WHERE name = 'old'") == []
+    state.close()
+
+
 @pytest.mark.parametrize("foreign", ["learned (key TEXT)", "more (other TEXT)"])
 def test_table_of_another_layout_is_put_aside(path: Path, foreign: str, caplog: pytest.LogCaptureFixture) -> None:
     """What could never be written to costs only what it held."""
