@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from llmstudiod.core.errors import ConfigError, LlmstudioError
 from llmstudiod.ctl.client import Client
 
 EDITORS = ("VISUAL", "EDITOR")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
+_SHOWN_CHARS = 63  # as many as an id may have
 
 Store = Callable[[str, dict[str, Any]], None]
 
@@ -70,7 +73,23 @@ def tell_faults(faults: list[dict[str, Any]]) -> None:
 
 
 def write_in_place(file: Path, text: str) -> None:
-    """Replace a file at once, with its owner and mode."""
+    """Replace a file at once, with its owner and mode.
+
+    Where the directory or another owner does not let that happen, the file itself is written, by whoever may.
+
+    Raises:
+        EditorError: It cannot be written.
+    """
+    try:
+        try:
+            _replace(file, text)
+        except PermissionError:
+            file.write_text(text, "utf-8")
+    except OSError as error:
+        raise EditorError(f"'{file}' cannot be written: {error.strerror}") from error
+
+
+def _replace(file: Path, text: str) -> None:
     there = file.stat()
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -85,7 +104,8 @@ def write_in_place(file: Path, text: str) -> None:
 @contextlib.contextmanager
 def _draft(model: str, text: str) -> Iterator[Path]:
     """Return a file with the text; what was made of it and not stored stays, and it is said where."""
-    descriptor, name = tempfile.mkstemp(prefix="llmstudio-", suffix=f".{model}.yaml")
+    shown = _NOT_IN_NAMES.sub("-", model)[:_SHOWN_CHARS]  # an id that is none is for the check to refuse
+    descriptor, name = tempfile.mkstemp(prefix="llmstudio-", suffix=f".{shown}.yaml")
     file = Path(name)
     with open(descriptor, "w", encoding="utf-8") as stream:  # noqa: PTH123 - it is a descriptor
         stream.write(text)
