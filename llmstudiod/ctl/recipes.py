@@ -7,8 +7,10 @@ import shlex
 import sys
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import quote
 
-from llmstudiod.core.errors import BadRequestError, ConfigError, ConflictError
+from llmstudiod.core.errors import AccessDeniedError, BadRequestError, ConfigError, ConflictError
+from llmstudiod.core.strict import BY_HAND
 from llmstudiod.ctl.client import AnswerError, Client
 from llmstudiod.ctl.editing import edit_recipe, tell_faults, write_in_place
 
@@ -34,13 +36,13 @@ def new(client: Client, arguments: argparse.Namespace) -> int:
 
 def edit(client: Client, arguments: argparse.Namespace) -> int:
     """Open a recipe in the editor, and store what was made of it once it is good."""
-    model, file, is_faulty = _found(client, arguments.model)
+    model, file = _found(client, arguments.model)
     if file is not None and os.access(file, os.W_OK):  # whoever may write it keeps its other recipes
         return _edit(client, model, Path(file).read_text("utf-8"), as_json=arguments.json, own=Path(file))
     text = client.text("recipes", model, "file")
-    if file is not None and not is_faulty:
-        # What the daemon would answer to a change is told before somebody has made one: the text is put as it is.
-        client.post_text("recipes", model, text=text, is_put=True)
+    if client.post_text("recipes", "check", text=text, query=f"id={quote(model)}")["by_hand"]:
+        hint = f"`sudo llmstudioctl recipe edit {model}` edits it as root"
+        raise AccessDeniedError(f"'{file}' {BY_HAND}", hint=hint)  # before somebody has made a change in vain
     return _edit(client, model, text, as_json=arguments.json)
 
 
@@ -61,7 +63,7 @@ def delete(client: Client, arguments: argparse.Namespace) -> int:
         answer = client.delete("recipes", arguments.model)
     except AnswerError as error:
         if error.answer_kind == "access_denied":
-            _, file, _ = _found(client, arguments.model)
+            _, file = _found(client, arguments.model)
             raise error.with_hint(
                 f"`sudo rm {shlex.quote(str(file))}` removes it, with whatever else it holds"
             ) from None
@@ -128,8 +130,8 @@ def _edit(
     return edit_recipe(client, model, text, store, may_stay=not is_new, is_trusted=own is not None, as_json=as_json)
 
 
-def _found(client: Client, name: str) -> tuple[str, str | None, bool]:
-    """Return the id of a recipe, its file, and whether it was left out for its faults."""
+def _found(client: Client, name: str) -> tuple[str, str | None]:
+    """Return the id of a recipe and its file; also of one that was left out for its faults."""
     try:
         recipe = client.get("recipes", name)
     except AnswerError as error:
@@ -137,9 +139,9 @@ def _found(client: Client, name: str) -> tuple[str, str | None, bool]:
             raise
         for fault in client.get("status")["faults"]:
             if fault["file"] and name in {fault["recipe_id"], PurePath(fault["file"]).name}:
-                return fault["recipe_id"] or name, fault["file"], True
+                return fault["recipe_id"] or name, fault["file"]
         raise
-    return recipe["id"], recipe["file"], False
+    return recipe["id"], recipe["file"]
 
 
 def _refuse_faults(checked: dict[str, Any]) -> None:

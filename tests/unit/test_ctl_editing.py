@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmstudiod.core.errors import AccessDeniedError
 from llmstudiod.ctl import recipes
 from llmstudiod.ctl.client import AnswerError, Client
 from llmstudiod.ctl.editing import EditorError, write_in_place
@@ -44,6 +45,12 @@ class _Daemon(Client):
         return {"ok": False, "faults": [fault], "by_hand": self.is_by_hand}
 
 
+class _ByHand(_Daemon):
+    """One whose recipe a person wrote."""
+
+    is_by_hand = True
+
+
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the editor notes that it was opened."""
@@ -54,6 +61,21 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return tmp_path / "opened"
+
+
+def test_editor_opens_for_a_recipe_with_faults(opened: Path) -> None:
+    """They may have come with other settings; it is the editor where they are mended, and nothing is stored before."""
+    arguments = argparse.Namespace(model="a", json=False)
+    assert recipes.edit(_Daemon("/nowhere"), arguments) == 0
+    assert opened.exists()
+
+
+def test_editor_does_not_open_for_a_persons_file(opened: Path) -> None:
+    """Whose change would be refused is told so at once, and what to do."""
+    with pytest.raises(AccessDeniedError, match=r"'/nowhere/a\.yaml' was written by hand") as refused:
+        recipes.edit(_ByHand("/nowhere"), argparse.Namespace(model="a", json=False))
+    assert "as root" in str(refused.value.hint)
+    assert not opened.exists()
 
 
 @pytest.mark.parametrize("model", ["a/b", "x" * 300, "ü" * 200, "../a"])
