@@ -5,6 +5,7 @@ when the daemon stops.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
@@ -24,6 +25,8 @@ END_S = 2.0
 LOOK_S = 1.0
 STILL_COUNTS = "llmstudio_still_counts"
 """Where a request keeps a function: whether what let it in would still do so. Those of the admin socket have none."""
+
+logger = logging.getLogger(__name__)
 
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -57,7 +60,11 @@ class Streams:
         return response
 
     async def _run(self, request: web.Request, work: Awaitable[None]) -> None:
-        """Do the work until it is done, its reader has left, or the stream is to end."""
+        """Do the work until it is done, its reader has left, or the stream is to end.
+
+        What fails in a way that nobody has told cuts the connection: an answer of its own cannot follow a head that
+        is sent already, and an end that looks like any other would hide it.
+        """
         scope = asyncio.timeout(0 if self._is_closed else None)
         try:
             async with scope:
@@ -70,9 +77,10 @@ class Streams:
                     self._scopes.discard(scope)
         except ConnectionError:
             pass
-        except TimeoutError:
-            if not scope.expired():
-                raise
+        except Exception as error:
+            if not (isinstance(error, TimeoutError) and scope.expired()):
+                logger.exception("a stream has failed: %s", request.path)
+                _cut(request)
 
 
 class _Reader:
@@ -109,8 +117,7 @@ class _Reader:
                 return
         except (TimeoutError, ConnectionError):
             pass
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        _cut(self._request)
 
 
 class _Look:
@@ -139,6 +146,11 @@ class _Look:
             _end_now(self._scope)
         else:
             self._again()
+
+
+def _cut(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
 
 
 def _end_now(scope: asyncio.Timeout) -> None:

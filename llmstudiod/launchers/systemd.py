@@ -141,8 +141,8 @@ class SystemdLauncher:
         """Return the first lines of the unit's journal since it was started."""
         lines: list[str] = []
         printed = _printed("journalctl", "-q", "-o", "cat", "--all", *_run_matches(unit))
-        # Out of descriptors or time, or a line that is too long: what is there may be enough.
-        with contextlib.suppress(OSError, ValueError, LauncherError):
+        # Out of descriptors or time: what is there may be enough.
+        with contextlib.suppress(OSError, LauncherError):
             async with asyncio.timeout(COMMAND_TIMEOUT_S), contextlib.aclosing(printed):
                 async for line in printed:
                     lines.append(cut(line))
@@ -222,7 +222,13 @@ async def _printed(*argv: str) -> AsyncGenerator[str]:
     assert process.stdout is not None
     assert process.stderr is not None
     try:
-        while line := await process.stdout.readline():
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:  # longer than any line may be: what is left of it comes next
+                continue
+            if not line:
+                break
             yield line.decode(errors="replace").rstrip("\n")
         told = (await process.stderr.read()).decode(errors="replace")
         if await process.wait():

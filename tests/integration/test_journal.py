@@ -216,6 +216,16 @@ async def test_follower_tells_why_it_ended(on_path: Path) -> None:
         await anext(ended)
 
 
+async def test_line_of_a_mebibyte_ends_no_follower(on_path: Path) -> None:
+    """A model's clients choose how long its lines are; what comes after one is told."""
+    launcher = say(on_path, "echo one; head -c 3000000 /dev/zero | tr '\\0' x; echo; echo two; exec sleep 60")
+    lines = launcher.follow("a", limit=5)
+    async with asyncio.timeout(10):
+        assert await anext(lines) == "one"
+        while await anext(lines) != "two":
+            pass
+
+
 async def test_journalctl_that_is_gone_is_told(on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For lines and for the follower alike."""
     launcher = SystemdLauncher(PrivilegedClient("/nowhere"))

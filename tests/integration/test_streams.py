@@ -3,16 +3,27 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from aiohttp import web
 
 from llmstudiod.http.events import Events
-from llmstudiod.http.streams import Streams, event_bytes
+from llmstudiod.http.streams import Streams, Write, event_bytes
 from tests.integration.house import eventually
 
 LARGE = "x" * 100_000
+
+
+@web.middleware
+async def _errors_answered(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Answer a bug as the admin interface does."""
+    try:
+        return await handler(request)
+    except Exception:  # noqa: BLE001 - the outermost edge of a request
+        return web.json_response({}, status=500)
 
 
 class Place:
@@ -22,12 +33,15 @@ class Place:
         self.streams = Streams(write_s=0.3)
         self.events = Events(dict, self.streams)
         self.port = 0
+        self.flood: Exception | None = None
         self.runner: web.AppRunner | None = None
 
     async def _flood(self, request: web.Request) -> web.StreamResponse:
         async def copy(write: object) -> None:
             assert callable(write)
             while True:
+                if self.flood is not None:
+                    raise self.flood
                 await write(event_bytes("log", {"line": LARGE}))
 
         return await self.streams.answer(request, copy)
@@ -35,7 +49,7 @@ class Place:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator["Place"]:
         """Serve for as long as the context lasts."""
-        app = web.Application()
+        app = web.Application(middlewares=[_errors_answered])
         app.add_routes([*self.events.routes(), web.get("/flood", self._flood)])
         runner = self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
         await runner.setup()
@@ -139,3 +153,41 @@ async def test_number_of_an_event_may_be_nonsense(place: Place) -> None:
     reader, _ = await place.connect("/events", last=f"{place.events._boot}-{'9' * 5000}")
     async with asyncio.timeout(5):
         await reader.readuntil(b"event: snapshot")
+
+
+async def test_part_that_fails_ends_no_other(place: Place) -> None:
+    """It is told, with no word of the bug itself; the events go on, and so do the other parts."""
+    is_late = asyncio.Event()
+
+    async def broken(write: Write) -> None:
+        raise KeyError("secret")
+
+    async def good(write: Write) -> None:
+        await is_late.wait()
+        await write(event_bytes("log", {"line": "late"}))
+
+    place.events._along = lambda _: (broken, good)
+    reader, _ = await place.connect("/events?model=a")
+    async with asyncio.timeout(10):
+        await reader.readuntil(b"event: snapshot")
+        told = await reader.readuntil(b'"kind":"internal"')
+        assert b"event: failure" in told
+        assert b"secret" not in told
+        is_late.set()
+        await reader.readuntil(b'"line":"late"')
+        place.events.publish("transition", {"n": 7})
+        await reader.readuntil(b'"n":7}')
+    assert len(place.streams) == 1
+
+
+async def test_stream_that_fails_is_cut_off(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Its head is sent, so there is no other answer than its end; the log has the traceback."""
+    place.flood = KeyError("a bug")
+    reader, _ = await place.connect("/flood")
+    async with asyncio.timeout(10):
+        text = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := await reader.read(1 << 16):
+                text += piece
+    assert (text.count(b"HTTP/1.1"), text.endswith(b"0\r\n\r\n")) == (1, False)
+    assert "KeyError: 'a bug'" in caplog.text
