@@ -1,14 +1,14 @@
 """Event streams that outlive the daemon: it may be restarted, upgraded or killed while somebody reads along."""
 
-import contextlib
 import functools
+import itertools
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llmstudiod.core.errors import DaemonUnreachableError, LlmstudioError
+from llmstudiod.core.errors import DaemonUnreachableError
 from llmstudiod.ctl.client import AnswerError, Client
 
 PATIENCE_S = 10.0
@@ -52,10 +52,7 @@ def lasting_lines(client: Client, model: str, *, limit: int, on_loss: Callable[[
             seen.append(event["data"]["line"])
             yield event
         on_loss()
-        stream = _again(functools.partial(client.events, "logs", model, "stream", query="limit=0"))
-        for line in _missed(client, model, list(seen)):
-            seen.append(line)
-            yield {"event": "log", "data": {"line": line}}
+        stream = _again(functools.partial(_resumed, client, model, list(seen)))
 
 
 def tell_loss() -> None:
@@ -80,12 +77,24 @@ def after(lines: list[str], seen: list[str]) -> list[str]:
     return lines
 
 
-def _missed(client: Client, model: str, seen: list[str]) -> list[str]:
+def _resumed(client: Client, model: str, seen: list[str]) -> Iterator[dict[str, Any]]:
+    """Return the stream of a log from the line on that follows what was seen last.
+
+    Where its earlier lines end it does not tell. So many as there were before it began are among them in any case,
+    and what was seen is among these; all that comes later is new, whether it is an earlier line or not.
+    """
     if not seen:
-        return []
-    with contextlib.suppress(LlmstudioError):
-        return after(client.get("logs", model, query=f"limit={MAX_LINES}")["logs"], seen)
-    return []
+        return client.events("logs", model, "stream", query="limit=0")
+    n_there = len(client.get("logs", model, query=f"limit={MAX_LINES}")["logs"])
+    stream = client.events("logs", model, "stream", query=f"limit={MAX_LINES}")
+    lines: list[str] = []
+    for event in itertools.islice(stream, n_there):
+        if event.get("event") == "failure":
+            stream = itertools.chain([event], stream)
+            break
+        lines.append(event["data"]["line"])
+    missed = ({"event": "log", "data": {"line": line}} for line in after(lines, seen))
+    return itertools.chain(missed, stream)
 
 
 def _again(ask: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
