@@ -36,7 +36,8 @@ def listing(client: Client, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(keys, ensure_ascii=False, indent=2))
     elif keys:
-        print(show.table(("NAME", "MAY", "CREATED", "LAST USE", "EXPIRES", "MODELS"), [_row(key) for key in keys]))
+        header = ("NAME", "MAY", "CREATED", "LAST MODEL USE", "EXPIRES", "MODELS")
+        print(show.table(header, [_row(key) for key in keys]))
     else:
         print("no keys: the endpoint is open to the programs of this machine")
     return 0

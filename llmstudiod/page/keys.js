@@ -11,7 +11,7 @@ export function show(main) {
     if (!answer) { put(place); return; }
     if (!answer.keys.length) { put(place, h("p", {}, "There are no keys: every program of this machine may use the endpoint, and nobody else.")); return; }
     put(place, h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Keys" }, h("table", {},
-      h("thead", {}, h("tr", {}, ["Name", "May", "Models", "Made", "Valid until", "Last use"].map((text) => h("th", { scope: "col" }, text)))),
+      h("thead", {}, h("tr", {}, ["Name", "May", "Models", "Made", "Valid until", "Last model use"].map((text) => h("th", { scope: "col" }, text)))),
       h("tbody", {}, answer.keys.map((key) => h("tr", {}, h("th", { scope: "row" }, key.name),
         h("td", {}, ["use models", key.metrics && "read metrics", key.admin && "administer"].filter(Boolean).join(", ")),
         h("td", {}, key.models?.join(", ") ?? "all"), h("td", {}, day(key.created)), h("td", {}, key.expires ? day(key.expires) : "for ever"), h("td", {}, key.last_used ? day(key.last_used) : "never")))))));

@@ -458,7 +458,7 @@ def test_keys_are_listed_with_their_last_use(tmp_path: Path) -> None:
     """So that one can see which are not needed any more."""
     with running_daemon(tmp_path, keys_file=str(tmp_path / "keys")) as daemon:
         daemon.ctl("key", "add", "one")
-        assert re.search(r"^NAME +MAY +CREATED +LAST USE ", daemon.ctl("key", "list").stdout)
+        assert re.search(r"^NAME +MAY +CREATED +LAST MODEL USE ", daemon.ctl("key", "list").stdout)
         assert re.search(r"^one .* never +never +all$", daemon.ctl("key", "list").stdout, re.MULTILINE)
 
 
