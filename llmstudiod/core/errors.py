@@ -75,6 +75,12 @@ class ConflictError(LlmstudioError):
     kind, status, exit_code, openai_type = "conflict", 409, 2, "invalid_request_error"
 
 
+class StaleError(LlmstudioError):
+    """What was to be changed is not any more what the client has read."""
+
+    kind, status, exit_code, openai_type = "stale", 412, 2, "invalid_request_error"
+
+
 class BodyTooLargeError(LlmstudioError):
     """The request's body is over ``max_body``."""
 

@@ -25,6 +25,7 @@ EXIT_CODES = {
     "bad_request": 2,
     "body_too_large": 2,
     "conflict": 2,
+    "stale": 2,
     "config": 3,
     "binary": 3,
     "not_found": 4,

@@ -16,7 +16,14 @@ from aiohttp import web
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.recipe_writer import MARK, RecipeWriter
 from llmstudiod.core import strict
-from llmstudiod.core.errors import BadRequestError, ConfigError, ConflictError, LlmstudioError, ModelNotFoundError
+from llmstudiod.core.errors import (
+    BadRequestError,
+    ConfigError,
+    ConflictError,
+    LlmstudioError,
+    ModelNotFoundError,
+    StaleError,
+)
 from llmstudiod.core.recipe import Fault, LoadedRecipes, Recipe, RecipeEntry, Severity
 from llmstudiod.core.settings import Settings
 from llmstudiod.http.admin_answers import (
@@ -58,7 +65,7 @@ class AdminRecipes:
         self._settings = settings
         self._reload = reload
         self._launcher_name = launcher_name
-        self._making = asyncio.Lock()
+        self._writing = asyncio.Lock()  # of two at once the second sees what the first wrote
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes."""
@@ -85,17 +92,29 @@ class AdminRecipes:
 
     async def _post(self, request: web.Request) -> web.Response:
         text, recipe = await self._read(request, model=None)
-        if request.headers.get("If-None-Match") != "*":  # old clients store with POST, whether there is one or not
-            return await self._write(text, recipe)
-        async with self._making:  # of two at once the second is refused
-            if any(fault.key == "id" for fault in self._supervisor.catalogue.clashes(recipe, is_new=True)):
+        is_new = request.headers.get("If-None-Match") == "*"  # old clients store, whether there is one or not
+        async with self._writing:
+            if is_new and any(fault.key == "id" for fault in self._supervisor.catalogue.clashes(recipe, is_new=True)):
                 hint = "give it another id, or edit that one"
                 raise ConflictError(f"there is a recipe '{recipe.id}' already", hint=hint)
             return await self._write(text, recipe)
 
     async def _put(self, request: web.Request) -> web.Response:
         text, recipe = await self._read(request, model=request.match_info["id"])
-        return await self._write(text, recipe)
+        async with self._writing:
+            if (match := request.headers.get("If-Match")) is not None:
+                await self._refuse_stale(recipe.id, match)
+            return await self._write(text, recipe)
+
+    async def _refuse_stale(self, model: str, match: str) -> None:
+        """Refuse to write over a recipe that has another text than the client has seen, or none any more."""
+        hint = "read it anew, or store without If-Match to write over it"
+        try:
+            tag = _tag(await self._text(model))
+        except ModelNotFoundError:
+            raise StaleError(f"the recipe '{model}' was removed meanwhile", hint=hint) from None
+        if match != "*" and tag not in match:  # a proxy may have put W/ before it
+            raise StaleError(f"the recipe '{model}' was changed meanwhile", hint=hint)
 
     async def _write(self, text: str, recipe: Recipe) -> web.Response:
         # The launcher refuses it too, but cannot know better than that root may write such a file by hand.
@@ -105,7 +124,7 @@ class AdminRecipes:
             raise ConflictError(f"the recipe cannot be stored: {told}", hint=faults[0].hint, details=details)
         await self._writer.put(self._file_of(recipe.id), text)
         await self._reload()
-        return json_response({"success": True, "id": recipe.id})
+        return json_response({"success": True, "id": recipe.id}, headers={"ETag": _tag(text)})
 
     async def _delete(self, request: web.Request) -> web.Response:
         """Remove a recipe by its id; other names are for reading and for using it."""
@@ -163,12 +182,15 @@ class AdminRecipes:
 
     async def _file(self, request: web.Request) -> web.Response:
         """Answer the text of a recipe's file, comments and all; for a GGUF without one, that which it could have."""
-        file, entry = self._place(request.match_info["id"])
+        text = await self._text(request.match_info["id"])
+        headers = {"Server": "llmstudiod", "ETag": _tag(text)}
+        return web.Response(text=text, content_type="application/yaml", headers=headers)
+
+    async def _text(self, name: str) -> str:
+        file, entry = self._place(name)
         if file is None and entry is not None:
-            text = yaml_text(entry.recipe.as_dict())
-        else:
-            text = await asyncio.to_thread(_text_of_file, file or "")
-        return web.Response(text=text, content_type="application/yaml", headers={"Server": "llmstudiod"})
+            return yaml_text(entry.recipe.as_dict())
+        return await asyncio.to_thread(_text_of_file, file or "")
 
     async def _judged(self, entry: RecipeEntry) -> tuple[dict[str, Any], list[Fault]]:
         """Return what would become of a recipe, and what is odd about it as its model is seen."""
@@ -283,6 +305,12 @@ def yaml_text(values: dict[str, Any]) -> str:
 
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
+
+
+def _tag(text: str) -> str:
+    """Return the ETag of a recipe's text, whatever its lines end with: a file's are read as one newline."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return f'"{strict.digest(lines.encode())}"'
 
 
 def _text_of_file(file: str) -> str:

@@ -55,6 +55,7 @@ _N_TOKENS = {"type": "integer", "minimum": 1, "maximum": 100000}
 _NEW = Query("new", _TRUTH, "judge it as one that is to be made: an id that is taken is a fault")
 _ID = Query("id", _WORD, "judge it as this recipe's new text: another id is a fault, and `by_hand` tells of the file")
 _NONE_MATCH = Query("If-None-Match", {"const": "*"}, "store it only if there is no recipe of this id", place="header")
+_MATCH = Query("If-Match", _WORD, "store it only if the recipe's text is that of this ETag still", place="header")
 RECIPE = "recipe"
 
 OPERATIONS = (
@@ -123,8 +124,8 @@ OPERATIONS = (
     ),
     Operation(
         "put", "/recipes/{id}", "store a recipe under this id",
-        {200: s.Saved, 400: s.Problem, 409: s.Problem},
-        body=RECIPE,
+        {200: s.Saved, 400: s.Problem, 409: s.Problem, 412: s.Problem},
+        body=RECIPE, query=(_MATCH,),
     ),
     Operation("delete", "/recipes/{id}", "remove a recipe", {200: s.Success, 404: s.Problem, 409: s.Problem}),
     Operation(

@@ -221,6 +221,37 @@ async def test_new_recipe_never_takes_anothers_place(daemon: RunningDaemon, admi
     assert (await ask(admin, "GET", "/recipes/one"))[1]["max_model_len"] == 1024
 
 
+async def tagged(admin: aiohttp.ClientSession, model: str) -> str:
+    """Return the tag of a recipe's text."""
+    async with admin.get(f"/recipes/{model}/file") as answer:
+        return answer.headers["ETag"]
+
+
+async def test_recipe_that_was_changed_meanwhile_is_not_overwritten(
+    daemon: RunningDaemon, admin: aiohttp.ClientSession
+) -> None:
+    """With ``If-Match`` of many at once one is stored, whose answer has the next tag; a removed one does not match."""
+    async with admin.post("/recipes", json=recipe(daemon, "one")) as made:
+        tag = made.headers["ETag"]
+    assert tag == await tagged(admin, "one")
+    text = f"# mine\r\nid: one\r\nmodel_path: {daemon.home}/models/tiny.gguf\r\n"
+    seen = {"If-Match": tag}
+    puts = (ask(admin, "PUT", "/recipes/one", f"{text}# {n}\n", headers=YAML["headers"] | seen) for n in (1, 2, 3))
+    answers = await asyncio.gather(*puts)
+    assert sorted(status for status, _ in answers) == [200, 412, 412]
+    refused = next(answer for status, answer in answers if status == 412)
+    assert (refused["detail"], refused["kind"]) == ("the recipe 'one' was changed meanwhile", "stale")
+    for match in ("{}", '"other", W/{}', "*"):
+        seen = {"If-Match": match.format(await tagged(admin, "one"))}
+        async with admin.put("/recipes/one", data=text, headers=YAML["headers"] | seen) as put:
+            assert (put.status, put.headers["ETag"]) == (200, await tagged(admin, "one"))
+    assert (await ask(admin, "DELETE", "/recipes/one"))[0] == 200
+    for match in (tag, "*"):
+        status, answer = await ask(admin, "PUT", "/recipes/one", recipe(daemon), headers={"If-Match": match})
+        assert (status, answer["detail"]) == (412, "the recipe 'one' was removed meanwhile")
+    assert (await ask(admin, "PUT", "/recipes/one", recipe(daemon)))[0] == 200
+
+
 @pytest.mark.parametrize(
     ("query", "changes", "key"),
     [
