@@ -17,7 +17,8 @@ let whenSignedOut = () => {};
 /** Have a function called when the daemon wants somebody to sign in; it is told whether a page waits for an answer. */
 export function onSignedOut(action) { whenSignedOut = action; }
 
-export async function call(method, path, { body, type, signal, headers: more } = {}) {
+/** Ask the daemon; `heard` is given the headers of a good answer. */
+export async function call(method, path, { body, type, signal, headers: more, heard } = {}) {
   const headers = { ...more };
   let payload;
   if (body !== undefined) {
@@ -31,6 +32,7 @@ export async function call(method, path, { body, type, signal, headers: more } =
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, { detail: "the daemon cannot be reached", hint: "it may be starting again; try once more" });
   }
+  if (response.ok) heard?.(response.headers);
   if (response.ok && response.headers.get("Content-Type")?.startsWith("application/yaml")) return response.text();
   const answer = await response.json().catch(() => null);
   if (response.status === 401 && path !== "/sign-in") whenSignedOut(method === "GET");

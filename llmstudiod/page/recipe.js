@@ -27,17 +27,18 @@ export function show(main, { id, query }) {
   return () => { isGone = true; end(); };
 }
 
-/** Return what is to be edited: {id, isFile, recipe, text, key}, or {missing}. */
+/** Return what is to be edited: {id, isFile, recipe, text, tag, key}, or {missing}. */
 async function load(id, query) {
   const key = `${id}?${query}`;
   const from = id || query.get("copy");
   if (!from) return { key, recipe: { model_path: query.get("path") ?? undefined } };
   try {
     const known = await get(at("recipes", from));
-    const text = await get(at("recipes", known.id, "file"));
+    let tag = null;
+    const text = await get(at("recipes", known.id, "file"), { heard: (headers) => { tag = headers.get("ETag"); } });
     const { recipe } = await call("POST", `/recipes/check?trusted=true&id=${encodeURIComponent(known.id)}`, { body: text, type: "application/yaml" });
     const own = recipe?.id === known.id ? recipe : null;
-    if (id) return { key, id: known.id, isFile: Boolean(known.file), recipe: own ?? { id: known.id, model_path: known.model_path }, text };
+    if (id) return { key, id: known.id, isFile: Boolean(known.file), recipe: own ?? { id: known.id, model_path: known.model_path }, text, tag };
     const { served_model_name: _, aliases: __, default: ___, ...rest } = own ?? { model_path: known.model_path };
     return { key, recipe: { ...rest, id: freeId(known.id), name: rest.name && `${rest.name} (copy)` } };
   } catch (error) {
@@ -56,12 +57,13 @@ function group(title, content) {
   return h("details", { class: "group" }, h("summary", {}, title), content);
 }
 
-function form(main, { key, id, isFile, recipe, text: ownText, again }) {
+function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again }) {
   const isNew = !id;
   const way = isNew ? "/recipes/check?new=true" : `/recipes/check?id=${encodeURIComponent(id)}`;
   let owner = "form", mode = "form";
   let synced = { text: null, form: null };
   let clean = null;     // what is stored, or was offered
+  let tag = ownTag;     // of the text that one began with: what others have stored since is not written over unasked
   let rest = {};        // what the form has no field for stays as it is
   let isNamed = !isNew; // the id was typed, or is fixed
   let number = 0;
@@ -97,7 +99,10 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
   const tabs = tabList(panels, async (next) => { if (await go(next)) showTab(next); });
   mark(tabs.element, "aria-label", "How to edit");
 
-  const kept = h("p", { class: "kept", hidden: true }, "Unsaved changes were kept. ", button("Discard", discard));
+  const staleTold = h("span", { hidden: true }, "The recipe was changed elsewhere meanwhile. ");
+  const savingOver = button("Save over it", (event) => save({ isOver: true, control: event.currentTarget }), { hidden: true });
+  const keptTold = h("span", { hidden: true }, "Unsaved changes were kept. ");
+  const kept = h("p", { class: "kept", role: "status", hidden: true }, keptTold, staleTold, button("Discard", discard), " ", savingOver);
   const byHandTold = h("div", { class: "why warn", hidden: true });
   const verdict = h("p", { class: "verdict", role: "status" });
   const faultList = h("ul", { class: "faults" });
@@ -175,7 +180,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
 
   function changed() {
     number += 1;  // an answer that is under way is about what was
-    if (isDirty()) drafts.set(key, { values: values(), flags: extra.control.value, text: editor.value, owner, mode, synced, clean, isNamed, told: [...notes.querySelectorAll("li")].map((item) => item.textContent) });
+    if (isDirty()) drafts.set(key, { values: values(), flags: extra.control.value, text: editor.value, owner, mode, synced, clean, tag, isNamed, told: [...notes.querySelectorAll("li")].map((item) => item.textContent) });
     else drafts.delete(key);
     check();
   }
@@ -275,7 +280,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
 
   function judge(state, text) {
     for (const place of [verdict, chip]) { mark(place, "data-state", state); say(place, text); }
-    saving.disabled = launching.disabled = state !== "good" && state !== "odd";
+    saving.disabled = launching.disabled = savingOver.disabled = state !== "good" && state !== "odd";
   }
 
   function drawPreview(yaml) {
@@ -296,7 +301,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     const error = answer.error;
     const isOdd = Boolean(error || answer.placement?.error);
     judge(!isGood ? "bad" : isOdd ? "odd" : "good", isGood ? (isOdd ? "The recipe is good, but it cannot be loaded now." : "The recipe is good.") : "The recipe cannot be saved like this.");
-    if (answer.by_hand) saving.disabled = launching.disabled = true;
+    if (answer.by_hand) saving.disabled = launching.disabled = savingOver.disabled = true;
     if (removing) removing.hidden = answer.by_hand;
     drawByHand(answer);
     put(faultList,
@@ -318,8 +323,20 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
 
   // Storing
 
-  async function save({ andLaunch = false, control = null }) {
-    const answer = await attempt(() => (isNew ? call("POST", "/recipes", { ...body(), headers: { "If-None-Match": "*" } }) : call("PUT", at("recipes", id), body())), { control });
+  function keep(isOver) {
+    if (isNew) return call("POST", "/recipes", { ...body(), headers: { "If-None-Match": "*" } });
+    return call("PUT", at("recipes", id), { ...body(), headers: isOver ? {} : { "If-Match": tag } }).catch((error) => {
+      if (error.status === 412) tellStale();
+      throw error;
+    });
+  }
+
+  function tellStale() {
+    kept.hidden = staleTold.hidden = savingOver.hidden = false;
+  }
+
+  async function save({ andLaunch = false, isOver = false, control = null }) {
+    const answer = await attempt(() => keep(isOver), { control });
     if (!answer) { check(); return; }
     drafts.delete(key);
     clean = null;
@@ -341,8 +358,9 @@ function form(main, { key, id, isFile, recipe, text: ownText, again }) {
     fillForm(draft.values);
     extra.control.value = draft.flags;
     editor.value = draft.text;
-    ({ owner, mode, synced, clean, isNamed } = draft);
-    kept.hidden = false;
+    ({ owner, mode, synced, clean, tag, isNamed } = draft);
+    kept.hidden = keptTold.hidden = false;
+    if (!isNew && tag !== ownTag) tellStale();
     drawNotes(draft.told);
     showTab(mode);
   }

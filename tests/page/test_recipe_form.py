@@ -96,3 +96,44 @@ def test_last_tab_that_was_chosen_counts(signed_in: Page, daemon: RunningDaemon)
     page.get_by_label("Context", exact=True).fill("2048")
     expect(page.get_by_label("Preview")).to_contain_text("2,048 tokens for each")
     expect(page.get_by_role("tab", name="Form")).to_have_attribute("aria-selected", "true")
+
+
+def test_kept_draft_does_not_undo_what_others_saved(signed_in: Page, daemon: RunningDaemon) -> None:
+    """It is told next to Discard, and Save does not write over it until somebody says so."""
+    page = signed_in
+    stored(daemon, "first")
+    edit(page, daemon)
+    page.get_by_label("Context", exact=True).fill("1024")
+    page.get_by_role("link", name="Usage").click()
+    page.get_by_role("heading", name="Usage", level=1).wait_for()
+    stored(daemon, "first", priority=7)
+    edit(page, daemon)
+    expect(page.locator(".kept")).to_contain_text("Unsaved changes were kept. The recipe was changed elsewhere")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.locator(".note.error")).to_contain_text("the recipe 'first' was changed meanwhile")
+    assert daemon.admin.get("recipes", "first")["priority"] == 7
+    page.get_by_role("button", name="Save over it").click()
+    expect(page).to_have_url(re.compile("#/model/first"))
+    found = daemon.admin.get("recipes", "first")
+    assert (found["max_model_len"], found.get("priority")) != (512, 7)
+    assert daemon.admin.text("recipes", "first", "file").count("priority") == 0
+
+
+def test_of_two_tabs_the_second_is_told(signed_in: Page, daemon: RunningDaemon) -> None:
+    """Also where nobody left the form; Discard shows what is stored, which can be saved again."""
+    page = signed_in
+    stored(daemon, "first")
+    edit(page, daemon)
+    context = page.get_by_label("Context", exact=True)
+    context.fill("1024")
+    expect(page.get_by_label("Preview")).to_contain_text("1,024 tokens for each")
+    stored(daemon, "first", max_model_len=2048)
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.locator(".kept")).to_contain_text("The recipe was changed elsewhere meanwhile.")
+    expect(page.locator(".kept")).not_to_contain_text("Unsaved changes were kept", use_inner_text=True)
+    page.get_by_role("button", name="Discard").click()
+    expect(context).to_have_value("2048")
+    expect(page.locator(".kept")).to_be_hidden()
+    context.fill("256")
+    save(page)
+    assert daemon.admin.get("recipes", "first")["max_model_len"] == 256
