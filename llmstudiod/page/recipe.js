@@ -67,6 +67,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
   let rest = {};        // what the form has no field for stays as it is
   let isNamed = !isNew; // the id was typed, or is fixed
   let number = 0;
+  let isSaving = false;
   let turns = 0;        // which change of tabs is the last
 
   const fields = new Map();
@@ -177,10 +178,11 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
   const asText = () => owner === "yaml" || isSynced();
   const body = () => (asText() ? { body: owner === "yaml" ? editor.value : synced.text, type: "application/yaml" } : { body: values() });
   const ask = () => call("POST", way, body());
+  const draftNow = () => ({ values: values(), flags: extra.control.value, text: editor.value, owner, mode, synced, clean, tag, isNamed, told: [...notes.querySelectorAll("li")].map((item) => item.textContent) });
 
   function changed() {
     number += 1;  // an answer that is under way is about what was
-    if (isDirty()) drafts.set(key, { values: values(), flags: extra.control.value, text: editor.value, owner, mode, synced, clean, tag, isNamed, told: [...notes.querySelectorAll("li")].map((item) => item.textContent) });
+    if (isDirty()) drafts.set(key, draftNow());
     else drafts.delete(key);
     check();
   }
@@ -324,8 +326,9 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
   // Storing
 
   function keep(isOver) {
-    if (isNew) return call("POST", "/recipes", { ...body(), headers: { "If-None-Match": "*" } });
-    return call("PUT", at("recipes", id), { ...body(), headers: isOver ? {} : { "If-Match": tag } }).catch((error) => {
+    const heard = (headers) => { tag = headers.get("ETag"); };
+    if (isNew) return call("POST", "/recipes", { ...body(), heard, headers: { "If-None-Match": "*" } });
+    return call("PUT", at("recipes", id), { ...body(), heard, headers: isOver ? {} : { "If-Match": tag } }).catch((error) => {
       if (error.status === 412) tellStale();
       throw error;
     });
@@ -336,13 +339,38 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
   }
 
   async function save({ andLaunch = false, isOver = false, control = null }) {
-    const answer = await attempt(() => keep(isOver), { control });
-    if (!answer) { check(); return; }
+    if (isSaving) return;  // by another button: the tag would be that of before
+    isSaving = true;
+    const before = now(), sent = { text: asText() ? body().body : null, form: formNow() };
+    try {
+      const answer = await attempt(() => keep(isOver), { control });
+      if (!answer) { check(); return; }
+      if (andLaunch) await attempt(() => post(`${at("launch", answer.id)}?wait=false`));
+      if (now() === before) leave(answer.id);
+      else goOn(answer.id, sent);
+    } finally {
+      isSaving = false;
+    }
+  }
+
+  function leave(saved) {
     drafts.delete(key);
     clean = null;
-    note(`The recipe of ${answer.id} is saved`);
-    if (andLaunch) await attempt(() => post(`${at("launch", answer.id)}?wait=false`));
-    location.hash = `#/model/${encodeURIComponent(answer.id)}`;
+    note(`The recipe of ${saved} is saved`);
+    location.hash = `#/model/${encodeURIComponent(saved)}`;
+  }
+
+  /** Stay with what was typed while it was saved; one that was new is a recipe now, which has its own place. */
+  function goOn(saved, sent) {
+    note(`The recipe of ${saved} is saved, without what was typed meanwhile`, { hint: "save again to store that too" });
+    clean = sent;
+    kept.hidden = keptTold.hidden = staleTold.hidden = savingOver.hidden = true;
+    if (!isNew) { changed(); return; }
+    const draft = draftNow();
+    drafts.delete(key);
+    drafts.set(`${saved}?`, { ...draft, values: { ...draft.values, id: saved }, isNamed: true });
+    clean = null;
+    location.hash = `#/recipe/${encodeURIComponent(saved)}`;
   }
 
   async function remove(control) {

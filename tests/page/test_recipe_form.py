@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.integration.running_daemon import RunningDaemon
-from tests.page.test_page import stored
+from tests.page.test_page import new_recipe, stored
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -137,3 +137,43 @@ def test_of_two_tabs_the_second_is_told(signed_in: Page, daemon: RunningDaemon) 
     context.fill("256")
     save(page)
     assert daemon.admin.get("recipes", "first")["max_model_len"] == 256
+
+
+def test_what_is_typed_while_it_is_saved_stays(signed_in: Page, daemon: RunningDaemon) -> None:
+    """It is told that it is not stored yet; the next Save stores it."""
+    page = signed_in
+    stored(daemon, "first")
+    edit(page, daemon)
+    context = page.get_by_label("Context", exact=True)
+    context.fill("1024")
+    expect(page.get_by_label("Preview")).to_contain_text("1,024 tokens for each")
+    held = Held(page, "**/recipes/first", method="PUT")
+    with page.expect_request("**/recipes/first"):
+        page.get_by_role("button", name="Save", exact=True).click()
+    context.fill("2048")
+    held.release()
+    expect(page.locator(".note")).to_contain_text("saved, without what was typed meanwhile")
+    assert daemon.admin.get("recipes", "first")["max_model_len"] == 1024
+    expect(context).to_have_value("2048")
+    expect(page.get_by_label("Preview")).to_contain_text("2,048 tokens for each")
+    save(page)
+    assert daemon.admin.get("recipes", "first")["max_model_len"] == 2048
+
+
+def test_what_is_typed_while_a_new_one_is_saved_stays(signed_in: Page, daemon: RunningDaemon) -> None:
+    """It is a change of the recipe that was made."""
+    page = signed_in
+    new_recipe(page, daemon)
+    page.get_by_label("Id", exact=True).fill("made")
+    expect(page.get_by_label("Preview")).to_contain_text("id: made")
+    held = Held(page, "**/recipes", method="POST")
+    with page.expect_request("**/recipes"):
+        page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_label("Context", exact=True).fill("256")
+    held.release()
+    page.get_by_role("heading", name="Recipe of made", level=1).wait_for()
+    expect(page.get_by_label("Context", exact=True)).to_have_value("256")
+    expect(page.get_by_text("The recipe was changed elsewhere")).to_be_hidden()
+    expect(page.get_by_role("button", name="Save", exact=True)).to_be_enabled()
+    save(page, "made")
+    assert daemon.admin.get("recipes", "made")["max_model_len"] == 256
