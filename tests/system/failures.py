@@ -74,8 +74,9 @@ FAILURES: dict[str, Failing] = {
     ),
     "architecture": Failing("unsupported_arch", "nosuch", _tiny(fault=Fault.UNKNOWN_ARCHITECTURE)),
     "template": Failing("chat_template", "Unexpected token: }", _tiny(chat_template="{% if }")),
+    # Not "Unexpected token": of a bad argument llama-server 0.7.0 loses what its log's thread has not yet written.
     "template-file": Failing(
-        "chat_template", "Unexpected token: }", fields={"chat_template_file": f"{MODELS}/bad.jinja"}
+        "chat_template", "the chat template cannot be used", fields={"chat_template_file": f"{MODELS}/bad.jinja"}
     ),
     # What belongs to it
     "draft": Failing("draft", f"'{MODELS}/shape.gguf'", fields={"draft_model": f"{MODELS}/shape.gguf"}),
