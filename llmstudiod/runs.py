@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_PERIOD_S, DESERTED_S = 1.0, 5.0
 LOG_LINES, LOG_TRIES, LOG_LAG_S = 1000, 4, 0.5  # a load writes some fifty, and the journal is late
 BUSY_LOOK_S, IDLE_LOOK_S, SOON_S = 5.0, 15.0, 1.0
-TOKEN_S = 30.0
+TOKEN_S, KEPT_WITHIN_S = 30.0, 0.5
 STOP_PAUSES_S = (0.5, 2.0, 0.0)
 HUNG_HINT = "it is started anew; its log and `dmesg` may tell why"
 INTERNAL = Failure("internal", "an internal error, see the daemon's log")
@@ -73,6 +74,7 @@ class Run:
     unit: Unit | None = None
     is_ready: bool = False  # it was, and clients may have written into its log since
     verdict: Failure | None = None  # what we found out ourselves; it explains the end that we then bring about
+    kept: Future[None] | None = None  # where its model lies is on the disk, or cannot be
     launched: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -173,7 +175,7 @@ class Runs:
         if self._launcher.outlives_us and before is not None:  # it is over for sure: it had the same name
             self._planner.learning.forget(before.invocation_id)
         if self._launcher.outlives_us and action.placement is not None:
-            self._planner.learning.remember(run.unit.invocation_id, action.placement)
+            run.kept = self._planner.learning.remember(run.unit.invocation_id, action.placement)
         await self._watch(model, run)
 
     async def _watch(self, model: str, run: Run) -> None:
@@ -231,6 +233,8 @@ class Runs:
             run.verdict = Failure("socket", message, "is another server using this socket?")
             await self._stop_unit(model, is_forced=True)
             return
+        if run.kept is not None:  # since long, as a rule: a daemon that is killed now leaves the next one its promise
+            await asyncio.wait([asyncio.wrap_future(run.kept)], timeout=KEPT_WITHIN_S)
         run.is_ready = True
         self._upstreams.open(model, run.number, socket_path)
         self._post(BecameReady(self._clock(), model, run.number, facts))

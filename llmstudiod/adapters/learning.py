@@ -4,6 +4,7 @@ It corrects the estimate of the same file, settings and build the next time. Blo
 """
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import replace
 
 from llmstudiod.adapters.state_db import StateDb
@@ -66,9 +67,9 @@ class Learning:
             found = replace(found, host=max(0, used - host.total - placement.estimate.repacked))
         return self._keep(key, found)
 
-    def remember(self, invocation_id: str, placement: Placement) -> None:
+    def remember(self, invocation_id: str, placement: Placement) -> Future[None]:
         """Have it kept where a unit's model lies, for a daemon that finds the unit running; never waits."""
-        self._state.put_soon(_HOLDINGS, invocation_id, placement.as_dict())
+        return self._state.put_soon(_HOLDINGS, invocation_id, placement.as_dict())
 
     def recall(self, invocation_id: str) -> Placement | None:
         """Return where a unit's model lies, or None where that is not known."""

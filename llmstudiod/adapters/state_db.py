@@ -84,9 +84,9 @@ class StateDb:
         trim = f"DELETE FROM {name} WHERE key NOT IN (SELECT key FROM {name} ORDER BY at DESC LIMIT ?)"  # noqa: S608
         self.write((insert, [(key, time.time(), json.dumps(dict(value)))]), (trim, [(MAX_ROWS,)]))
 
-    def put_soon(self, table: str, key: str, value: Mapping[str, Any]) -> None:
-        """Have a value kept, and wait for nothing."""
-        self._soon(self.put, table, key, value)
+    def put_soon(self, table: str, key: str, value: Mapping[str, Any]) -> Future[None]:
+        """Have a value kept, and wait for nothing; what is returned is done when it is kept, or cannot be."""
+        return self._soon(self.put, table, key, value)
 
     def delete_soon(self, table: str, key: str) -> None:
         """Have a value forgotten, after what was to be put before, and wait for nothing."""
@@ -131,8 +131,10 @@ class StateDb:
                 self._connection.close()
                 self._connection = None
 
-    def _soon(self, action: Callable[..., None], *values: object) -> None:
-        self._writer.submit(action, *values).add_done_callback(Future.result)  # a bug is logged
+    def _soon(self, action: Callable[..., None], *values: object) -> Future[None]:
+        done = self._writer.submit(action, *values)
+        done.add_done_callback(Future.result)  # a bug is logged
+        return done
 
     def _do(self, action: "Callable[[sqlite3.Connection], T]", *, patience_s: float) -> T | None:
         """Do something with the database; what cannot be read or written is told once, and is None.

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +134,24 @@ async def test_start_does_not_wait_for_the_database(
             await house.supervisor.load("tiny")
         other.execute("COMMIT")
     await asyncio.to_thread(state.close)
+    assert state.get("holdings", "run-1") is not None
+
+
+async def test_ready_model_has_left_word_of_its_memory(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that is killed the moment a load is done leaves the next one what it had promised."""
+    state = StateDb(None)
+    put = state.put
+
+    def slowly(table: str, key: str, value: Mapping[str, Any]) -> None:
+        time.sleep(0.1)
+        put(table, key, value)
+
+    monkeypatch.setattr(state, "put", slowly)
+    monkeypatch.setattr(house.launcher, "outlives_us", True)
+    house.planner.learning = Learning(state, None)
+    house.planner.wishes = {"tiny": wish("tiny", 1)}
+    house.supervisor.measure_with(lambda at: Memory(at, Room(12 << 30), Room(12 << 30)))
+    await house.supervisor.load("tiny")
     assert state.get("holdings", "run-1") is not None
 
 
