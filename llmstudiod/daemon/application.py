@@ -136,6 +136,7 @@ class Application:
         own_names = frozenset({socket.gethostname().lower()})
         self.access = Access(Rules(), own_names=own_names, is_session=self._sessions.is_open)
         self._pins: frozenset[str] = frozenset()
+        self._are_pins_read = False
         self._began_at = time.time()
         self._ports: list[int] = []
         self._listing = listing
@@ -296,12 +297,24 @@ class Application:
             failure = explain_exit(result=end.result, code=end.code, signal=end.signal, lines=end.lines)
             self.supervisor.post(UnitFoundFailed(self._clock(), model, failure))
 
+    async def take_over(self) -> None:
+        """Go on with what an earlier daemon left; before the first request, which may want its place."""
+        await self.leftovers.adopt()
+        if any(shown.is_resident for shown in self.supervisor.views()):
+            await self._read_pins()
+
+    async def _read_pins(self) -> None:
+        if self._are_pins_read:
+            return
+        self._are_pins_read = True
+        self._pins |= frozenset(await asyncio.to_thread(self.state.all, "pins"))
+        self.supervisor.pin(self._pins)
+
     async def after_start(self) -> None:
         """What need not be done before the first answer: pins, stories, the binary, models to be loaded at once."""
         if not self._is_from_snapshot:
             await asyncio.to_thread(self._write_snapshot)
-        self._pins |= frozenset(await asyncio.to_thread(self.state.all, "pins"))
-        self.supervisor.pin(self._pins)
+        await self._read_pins()
         await asyncio.to_thread(self.usage.started, self._began_at)
         stories = await asyncio.to_thread(self.history.read)
         self.supervisor.post(StoriesRead(self._clock(), stories, self.history.failures()))

@@ -97,7 +97,7 @@ async def _serve(arguments: argparse.Namespace, inherited: sockets.Listeners) ->
         loop.add_signal_handler(number, stop.set)
     # Before READY=1: systemd 262 sends SIGHUP for a reload only to those who are ready for it.
     loop.add_signal_handler(signal.SIGHUP, reload.set)
-    await application.leftovers.adopt()
+    await application.take_over()
     async with application.serving(listeners), asyncio.TaskGroup() as tasks:
         # READY first and alone; what follows may take its time.
         notifier.ready()
