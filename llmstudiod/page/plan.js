@@ -1,7 +1,7 @@
 // What would become of a recipe: context, memory by device and kind, placement, the command line.
 
 import { colour } from "./overview.js";
-import { button, bytes, count, h, note, say } from "./ui.js";
+import { bytes, copyButton, count, h } from "./ui.js";
 
 const TERMS = [["weights", "Weights"], ["kv", "KV cache"], ["compute", "Compute buffer"], ["runtime", "Runtime"], ["repacked", "Repacked"], ["total", "Total"]];
 
@@ -56,33 +56,9 @@ export function quoted(words) {
   return (words ?? []).map((word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`)).join(" ");
 }
 
-/** Return a button that copies what a function returns. */
-export function copyButton(text, words = "Copy") {
-  return button(words, async (event) => {
-    const control = event.currentTarget;
-    if (!await copy(text())) { note("The browser does not let it be copied: mark it and copy it yourself", { isError: true }); return; }
-    say(control, "Copied");
-    setTimeout(() => say(control, words), 2000);
-  }, { class: "copy" });
-}
-
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {  // there is none where the page is served without TLS
-    const helper = h("textarea", { class: "hidden", value: text, "aria-hidden": "true" });
-    document.body.append(helper);
-    helper.select();
-    const isDone = document.execCommand("copy");
-    helper.remove();
-    return isDone;
-  }
-}
-
 function commandView(title, words) {
   const text = quoted(words);
-  return h("details", {}, h("summary", {}, title), copyButton(() => text), h("pre", {}, text));
+  return h("details", {}, h("summary", {}, title), copyButton(text, "Copy", { class: "copy" }), h("pre", {}, text));
 }
 
 /** Return a whole plan; `told` are notes that stand elsewhere already. */

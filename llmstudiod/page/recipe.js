@@ -4,8 +4,8 @@
 // and form that said the same: who comes back to a text without having touched the form finds its comments.
 
 import store, { at, call, del, get, listen, post } from "./data.js";
-import { attempt, button, h, mark, note, put, say, settle } from "./ui.js";
-import { copyButton, planView } from "./plan.js";
+import { attempt, button, copyButton, h, mark, note, put, say, settle } from "./ui.js";
+import { planView } from "./plan.js";
 import { BACKENDS, COMMON, FIRST, Field, readFlags, tellAt, writeFlags } from "./recipe-fields.js";
 import { filePicker } from "./recipe-files.js";
 import { yamlEditor } from "./recipe-yaml.js";
@@ -109,7 +109,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
   const faultList = h("ul", { class: "faults" });
   const plan = h("div", {}, h("p", { class: "quiet" }, "Choose a file to see what it needs."));
   const preview = h("pre", {});
-  const whole = h("div", { hidden: true }, h("h3", {}, "As YAML"), copyButton(() => preview.textContent, "Copy the YAML"), preview);
+  const whole = h("div", { hidden: true }, h("h3", {}, "As YAML"), copyButton(() => preview.textContent, "Copy the YAML", { class: "copy" }), preview);
   const chip = h("span", { class: "verdict", "aria-hidden": "true" });
   const saving = button("Save", (event) => save({ control: event.currentTarget }), { disabled: true });
   const launching = button("Save and load", (event) => save({ andLaunch: true, control: event.currentTarget }), { class: "main", disabled: true });

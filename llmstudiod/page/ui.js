@@ -74,19 +74,33 @@ export function settle(action, milliseconds) {
   };
 }
 
-/** Return a button that copies a text, and says so. */
-export function copyButton(text, what = "Copy") {
-  return button(what, async (event) => {
+/** Return a button that copies a text, or what a function returns, and says so. */
+export function copyButton(text, words = "Copy", attributes = { class: "small" }) {
+  return button(words, async (event) => {
     const control = event.currentTarget;
-    try {
-      await navigator.clipboard.writeText(typeof text === "function" ? text() : text);
-      say(control, "Copied");
-    } catch {  // not over plain HTTP from another machine
-      note("The browser does not allow it here: select the text and copy it", { isError: true });
+    if (!await copy(typeof text === "function" ? text() : text)) {
+      note("The browser does not let it be copied: mark it and copy it yourself", { isError: true });
       return;
     }
-    setTimeout(() => say(control, what), 1500);
-  }, { class: "small" });
+    say(control, "Copied");
+    setTimeout(() => say(control, words), 2000);
+  }, attributes);
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {  // there is none where the page is served without TLS
+    const helper = h("textarea", { class: "hidden", value: text, "aria-hidden": "true" });
+    const focused = document.activeElement;
+    document.body.append(helper);
+    helper.select();
+    const isDone = document.execCommand("copy");
+    helper.remove();
+    focused?.focus();
+    return isDone;
+  }
 }
 
 /** Return a button. */

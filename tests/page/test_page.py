@@ -528,6 +528,19 @@ def test_command_line_can_be_pasted(signed_in: Page, daemon: RunningDaemon) -> N
     expect(line.get_by_role("button", name="Copied")).to_be_visible()
 
 
+def test_text_can_be_copied_without_tls(signed_in: Page) -> None:
+    """A page that comes by plain HTTP from another machine has no clipboard of its own; the focus stays."""
+    page = signed_in
+    page.evaluate("Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined})")
+    page.get_by_role("link", name="Tiny chat").click()
+    line = page.locator("dd", has_text="/v1").first
+    line.get_by_role("button", name="Copy").click()
+    expect(line.get_by_role("button", name="Copied")).to_be_focused()
+    page.get_by_role("link", name="Try it").first.click()
+    page.get_by_label("Message").press("Control+V")
+    expect(page.get_by_label("Message")).to_have_value(re.compile(r"http://.*/v1"))
+
+
 def test_try_it_stops_and_embeds(signed_in: Page, daemon: RunningDaemon) -> None:
     """A long answer can be stopped; completions and embeddings work; errors tell why."""
     page = signed_in
