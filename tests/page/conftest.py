@@ -59,6 +59,16 @@ def daemon(tmp_path: Path) -> Iterator[RunningDaemon]:
 
 
 @pytest.fixture
+def endless(daemon: RunningDaemon) -> str:
+    """A model, which is not loaded, that goes on for half a minute if it may."""
+    path = daemon.home / "models" / "endless.gguf"
+    write_tiny_gguf(path, TinyModel(name="endless", n_layers=8, n_embd=256, context_length=16384, eos_bias=-40))
+    daemon.put_recipe({"id": "endless", "model_path": str(path), "max_model_len": 16384, "max_num_seqs": 1})
+    daemon.reload()
+    return "endless"
+
+
+@pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """A browser that knows nothing yet."""
     context = browser.new_context(viewport={"width": 1280, "height": 860}, color_scheme="light")

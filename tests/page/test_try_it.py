@@ -125,8 +125,9 @@ def test_end_that_was_not_the_models_is_told(talking: Page) -> None:
     expect(talking.locator(".timings").last).to_contain_text("as many tokens as were allowed")
 
 
-def test_new_conversation_knows_nothing_of_the_last(talking: Page, daemon: RunningDaemon) -> None:
+def test_new_conversation_knows_nothing_of_the_last(endless: str, talking: Page, daemon: RunningDaemon) -> None:
     """One that is begun while an answer comes ends that answer, and is not told of it."""
+    talking.get_by_label("Model", exact=True).select_option(endless)
     talking.get_by_label("Tokens at most").fill("100000")
     say(talking, "Go on for ever")
     expect(talking.locator(".said.assistant .words")).not_to_be_empty()
@@ -138,7 +139,7 @@ def test_new_conversation_knows_nothing_of_the_last(talking: Page, daemon: Runni
         say(talking, "Hello")
     assert json.loads(sent.value.post_data or "")["messages"] == [{"role": "user", "content": "Hello"}]
     expect(talking.locator(".timings").last).to_contain_text("4 written")
-    assert daemon.admin.get("instances", "tiny")["in_flight"] == 0
+    assert daemon.admin.get("instances", endless)["in_flight"] == 0
 
 
 def test_conversation_is_there_after_looking_elsewhere(talking: Page) -> None:
@@ -161,8 +162,9 @@ def test_conversation_is_there_after_looking_elsewhere(talking: Page) -> None:
     ]
 
 
-def test_end_of_a_long_answer_stays_in_sight(talking: Page) -> None:
+def test_end_of_a_long_answer_stays_in_sight(endless: str, talking: Page) -> None:
     """Whoever reads along sees what comes; the place to write in stays too, and Escape stops."""
+    talking.get_by_label("Model", exact=True).select_option(endless)
     talking.get_by_label("Tokens at most").fill("100000")
     say(talking, "Go on for ever")
     talking.wait_for_function("() => document.documentElement.scrollHeight > 1.5 * window.innerHeight")
