@@ -21,7 +21,6 @@ from aiohttp.web_protocol import RequestHandler
 from llmstudiod.adapters import usage_log
 from llmstudiod.adapters.file_watch import Files, FileWatch, model_files
 from llmstudiod.adapters.history import History
-from llmstudiod.adapters.key_file import is_credential, keys_path, read_keys, write_own_keys
 from llmstudiod.adapters.learning import Learning
 from llmstudiod.adapters.memory_meter import measure_memory
 from llmstudiod.adapters.model_recipes import load_catalogue
@@ -29,17 +28,6 @@ from llmstudiod.adapters.own_thread import in_own_thread
 from llmstudiod.adapters.planner import Planner
 from llmstudiod.adapters.proc import pulse
 from llmstudiod.adapters.program import LocalProgram, Program
-from llmstudiod.adapters.snapshot import (
-    Configuration,
-    by_path,
-    identities,
-    identity,
-    read_last_good,
-    read_snapshot,
-    recipes_identities,
-    settings_identities,
-    write_snapshot,
-)
 from llmstudiod.adapters.state_db import StateDb
 from llmstudiod.adapters.usage_log import UsageLog
 from llmstudiod.core.catalogue import Catalogue
@@ -47,8 +35,7 @@ from llmstudiod.core.devices import Machine
 from llmstudiod.core.errors import ConfigError, LlmstudioError
 from llmstudiod.core.events import StoriesRead, UnitFoundFailed
 from llmstudiod.core.gpus import with_gpus
-from llmstudiod.core.keys import Key, holder, write_keys
-from llmstudiod.core.launcher_protocol import Verb, Write
+from llmstudiod.core.keys import Key
 from llmstudiod.core.ledger import Memory
 from llmstudiod.core.lifecycle import InstanceView, Restart, State
 from llmstudiod.core.model_spec import lifecycle_defaults
@@ -57,6 +44,8 @@ from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.core.sharing import strangers
+from llmstudiod.daemon.config_files import ConfigFiles
+from llmstudiod.daemon.keyring import Keyring
 from llmstudiod.daemon.leftovers import Leftovers
 from llmstudiod.daemon.sockets import BACKLOG, Listeners
 from llmstudiod.http.access import Access, Rules
@@ -92,26 +81,16 @@ class Application:
     """The daemon without its process: what main.py runs, and what the tests run in theirs."""
 
     def __init__(self, config: Path, environment: Mapping[str, str] | None, *, clock: Callable[[], float]) -> None:
-        self._config = config
         self._clock = clock
-        self._environment = environment
         state = os.environ.get("STATE_DIRECTORY")
-        self._snapshot_dir = Path(state.partition(":")[0]) if state and environment is None else None
-        found = read_snapshot(self._snapshot_dir, config) if self._snapshot_dir else None
-        self._is_from_snapshot = found is not None
-        self._read_began_ns = time.time_ns()
-        if found is None:
-            before = read_last_good(self._snapshot_dir) if self._snapshot_dir else None
-            found = _read(config, environment, before)
-        self._found = found
-        self.loaded: LoadedSettings = found.settings
+        state_dir = Path(state.partition(":")[0]) if state and environment is None else None
+        self.files = ConfigFiles(config, environment, state_dir)
         settings = self.loaded.settings
         self._helper = None if choose_launcher(settings) == "subprocess" else PrivilegedClient(settings.launcher_socket)
         self.launcher, program = _launcher(settings, self._helper)
         self._measure_machine: Callable[[], Machine] | None = None
-        database = Path(state.partition(":")[0]) / "state.db" if self._snapshot_dir and state else None
-        self._database = database
-        self.state = StateDb(database, tables=usage_log.TABLES, retired=usage_log.RETIRED)
+        self._database = state_dir / "state.db" if state_dir else None
+        self.state = StateDb(self._database, tables=usage_log.TABLES, retired=usage_log.RETIRED)
         learning = Learning(self.state, self.machine)
         self.planner = Planner(settings, self.launcher, program, measure=self.machine, learning=learning)
         self.pools = Pools()
@@ -127,14 +106,14 @@ class Application:
         self.history = History(self.state, clock)
         self.supervisor.observe(self.history.observe)
         listing = Listing(self.supervisor, created=int(time.time()))
-        self._keys_error: ConfigError | None = None
-        self._keys_seen: dict[str, object] = {}
         self._figures = Figures()
         self.usage = UsageLog(self.state, self._figures.add, keep_s=settings.usage_keep)
         self.meter = Meter(self.usage.note)
-        self._sessions = Sessions(self.state, lambda hashed: any(key.hash == hashed for key in self._admin_keys()))
+        self._sessions = Sessions(self.state, lambda hashed: any(key.hash == hashed for key in self.keyring.admins()))
         own_names = frozenset({socket.gethostname().lower()})
         self.access = Access(Rules(), own_names=own_names, is_session=self._sessions.is_open)
+        self._reloading = asyncio.Lock()
+        self.keyring = Keyring(self.access, lambda: self.loaded.settings, self._helper, self._reloading)
         self._pins: frozenset[str] = frozenset()
         self._are_pins_read = False
         self._began_at = time.time()
@@ -156,15 +135,14 @@ class Application:
             admin=TcpAdmin(
                 access=self.access,
                 sessions=self._sessions,
-                admin_key=self._admin_key,
+                admin_key=self.keyring.admin,
                 has_route=self._has_admin_route,
                 handle=self._handle_admin,
             ),
         )
         self.supervisor.observe(self._events.observe)
         self._model_files: Files = self.model_files(settings)
-        self._put_in_force(found, load_catalogue(settings, found.recipes))
-        self._reloading = asyncio.Lock()
+        self._put_in_force(load_catalogue(settings, self.files.found.recipes))
         self._servers: list[asyncio.Server] = []
         self._endpoint: EndpointServer | None = None
         self._admin_server: web.Server | None = None
@@ -175,6 +153,11 @@ class Application:
             reload=self.reload,
             can_read_recipes=self._can_read_recipes,
         )
+
+    @property
+    def loaded(self) -> LoadedSettings:
+        """The settings in force, with what is wrong in their files."""
+        return self.files.found.settings
 
     def _interface(self) -> "Interface":
         """Return the admin interface; it is built now, unless it was before."""
@@ -201,10 +184,10 @@ class Application:
                 faults=self._faults,
                 ports=lambda: self._ports,
                 clock=self._clock,
-                keys=self._keys,
+                keys=self.keyring.keys,
                 needs_key=lambda: self.access.rules.needs_key,
                 database=self._database,
-                reread_keys=self._reread_keys,
+                reread_keys=self.keyring.reread,
                 put_keys=self._put_keys,
                 pin=self._pin,
                 reload=self.reload,
@@ -227,15 +210,7 @@ class Application:
         return await self._interface().handle(request)
 
     def _faults(self) -> list[Fault]:
-        return [*self.loaded.faults, *self._more_faults(), *self.supervisor.catalogue.faults]
-
-    def _admin_key(self, secret: str) -> Key | None:
-        """Return the key with this secret if it has the admin right."""
-        return holder(self._admin_keys(), secret)
-
-    def _admin_keys(self) -> tuple[Key, ...]:
-        keys = self.access.rules.keys or ()
-        return tuple(key for key in keys if key.admin and not key.is_expired(time.time()))
+        return [*self.loaded.faults, *self.keyring.faults(), *self.supervisor.catalogue.faults]
 
     async def _pin(self, model: str, is_pinned: bool) -> None:  # noqa: FBT001 - a callback
         """Keep a model loaded, or not any more; it lasts until the daemon's state is cleared."""
@@ -312,8 +287,8 @@ class Application:
 
     async def after_start(self) -> None:
         """What need not be done before the first answer: pins, stories, the binary, models to be loaded at once."""
-        if not self._is_from_snapshot:
-            await asyncio.to_thread(self._write_snapshot)
+        if not self.files.is_from_snapshot:
+            await asyncio.to_thread(self.files.write_snapshot)
         await self._read_pins()
         await asyncio.to_thread(self.usage.started, self._began_at)
         stories = await asyncio.to_thread(self.history.read)
@@ -338,54 +313,33 @@ class Application:
         self.leftovers.recipes_were_read()
 
     async def _reload(self) -> None:
-        self._read_began_ns = time.time_ns()
-        found = await asyncio.to_thread(_read, self._config, self._environment, self._found)
-        self.loaded, self._found = found.settings, found
-        settings = found.settings.settings
+        await asyncio.to_thread(self.files.reread)
+        settings, recipes = self.loaded.settings, self.files.found.recipes
         self.planner.use_settings(settings)
         self.usage.keep_s = settings.usage_keep
         self.proxy.max_body = settings.max_body
         self.proxy.wait_comment_interval_s = settings.wait_comment_interval
         logging.getLogger().setLevel(settings.log_level.upper())
         self._model_files, catalogue = await in_own_thread(
-            lambda: (self.model_files(settings), load_catalogue(settings, found.recipes))
+            lambda: (self.model_files(settings), load_catalogue(settings, recipes))
         )
-        self._put_in_force(found, catalogue)
+        self._put_in_force(catalogue)
         self._tell_reloaded()
-        await asyncio.to_thread(self._write_snapshot)
+        await asyncio.to_thread(self.files.write_snapshot)
 
     def _tell_reloaded(self) -> None:
         self._events.publish("reloaded", {"models": len(self.supervisor.catalogue.entries)})
 
-    def _put_in_force(self, found: Configuration, catalogue: Catalogue) -> None:
-        settings = found.settings.settings
-        self._found = found
-        self.access.rules = self._rules(settings)
+    def _put_in_force(self, catalogue: Catalogue) -> None:
+        settings = self.loaded.settings
+        self.keyring.read()
         self.supervisor.use_catalogue(catalogue, lifecycle_defaults(settings), max_instances=settings.max_instances)
         for group, member in strangers(settings.groups, catalogue.entries):
             logger.warning("groups: %s: there is no model '%s'", group, member)
         warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
-        for fault in (*found.settings.faults, *catalogue.faults, *warnings):
+        for fault in (*self.loaded.faults, *catalogue.faults, *warnings):
             logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)
         logger.info("%d models, %d faulty recipes", len(catalogue.entries), len(catalogue.faulty()))
-
-    def _rules(self, settings: Settings) -> Rules:
-        """Return who may use the endpoint. A keys file that cannot be read lets nobody in, rather than everybody."""
-        keys: tuple[Key, ...] | None = None
-        self._keys_error = None
-        path = keys_path(settings.keys_file)
-        self._keys_seen = {str(path): identity(path)}
-        try:
-            keys = read_keys(path)
-        except ConfigError as error:
-            self._keys_error = error
-            logger.error("%s (%s)", error.message, error.hint)  # noqa: TRY400 - no bug
-        return Rules(
-            keys=keys,
-            allowed_hosts=frozenset(name.lower() for name in settings.allowed_hosts),
-            cors_origins=frozenset(settings.cors_origins),
-            allows_open_listener=settings.allow_open_listener,
-        )
 
     def machine(self) -> Machine:
         """Measure GPUs and RAM. Blocks; runs in a thread."""
@@ -401,39 +355,9 @@ class Application:
         memory = measure_memory(at, models_are_units=self.launcher.outlives_us, reserved=reserved["ram"])
         return memory and with_gpus(memory, self.planner.gpus(), reserved)
 
-    def _keys(self) -> tuple[Key, ...]:
-        """Return the keys in force; a ConfigError where their file is faulty: what it holds must not be lost."""
-        if self._keys_error is not None:
-            raise self._keys_error
-        return self.access.rules.keys or ()
-
-    def _more_faults(self) -> list[Fault]:
-        error = self._keys_error
-        return [] if error is None else [Fault(error.message, self.loaded.settings.keys_file, hint=error.hint)]
-
-    async def _reread_keys(self) -> None:
-        """Take what the keys file holds now, which somebody may have changed a moment ago."""
-        async with self._reloading:  # what a reload has read meanwhile is newer
-            self.access.rules = await asyncio.to_thread(self._rules, self.loaded.settings)
-
     async def _put_keys(self, keys: tuple[Key, ...]) -> None:
-        """Replace all keys, by the launcher where there is one: the file is root's."""
-        settings, text = self.loaded.settings, write_keys(keys)
-        if is_credential(keys_path(settings.keys_file)):
-            hint = "change what LoadCredential= of llmstudiod.service names, then `systemctl restart llmstudiod`"
-            raise ConfigError(
-                "the keys in force are systemd's credential 'keys', which is not ours to write", hint=hint
-            )
-        if self._helper is not None:
-            await self._helper.ask(Write(Verb.PUT_KEYS, text=text))
-        else:
-            await asyncio.to_thread(write_own_keys, Path(settings.keys_file), text)
-        await self._reread_keys()
+        await self.keyring.put(keys)
         self._tell_reloaded()
-
-    def _write_snapshot(self) -> None:
-        if self._snapshot_dir is not None:
-            write_snapshot(self._snapshot_dir, self._config, self._found, began_ns=self._read_began_ns)
 
     async def stop(self) -> None:
         """Take no new connections and let what is in flight end; stop the models where they cannot outlive us."""
@@ -472,19 +396,10 @@ class Application:
 
     def config_watch(self) -> FileWatch:
         """Return what notices that settings, recipes or keys are others than those in force."""
-
-        def directory() -> str:
-            return self._found.settings.settings.recipes_dir
-
         return FileWatch(
-            lambda: by_path(identities(self._config, directory()), directory()) | self._keys_now(),
-            lambda: by_path(self._found.files, directory()) | self._keys_seen,
+            lambda: {**self.files.now(), **self.keyring.file_now()},
+            lambda: {**self.files.known(), **self.keyring.file_known()},
         )
-
-    def _keys_now(self) -> dict[str, object]:
-        """Return the identity of the keys file. Blocks."""
-        path = keys_path(self.loaded.settings.keys_file)
-        return {str(path): identity(path)}
 
     def model_watch(self) -> FileWatch:
         """Return what notices that the GGUFs in the model directories are others than when they were read."""
@@ -526,25 +441,6 @@ def _is_worth_telling(record: logging.LogRecord) -> bool:
 
 def _stays_down(shown: InstanceView) -> bool:
     return shown.state is State.FAILED and shown.spec.restart is not Restart.ALWAYS
-
-
-def _read(config: Path, environment: Mapping[str, str] | None, before: Configuration | None) -> Configuration:
-    """Read and check all files; what has become faulty since ``before`` stays as it was.
-
-    Slow to import and to run, which is why there is a snapshot.
-    """
-    from llmstudiod.adapters.recipe_files import load_recipes
-    from llmstudiod.adapters.settings_file import load_settings
-    from llmstudiod.core.last_good import with_last_good_settings
-
-    files = settings_identities(config)
-    settings = load_settings(config, environment)
-    if before is not None:
-        settings = with_last_good_settings(settings, before.settings)
-    recipes_dir = settings.settings.recipes_dir
-    files += recipes_identities(recipes_dir)
-    entries = before.recipes.entries if before is not None else ()
-    return Configuration(settings, load_recipes(Path(recipes_dir), entries), files)
 
 
 def choose_launcher(settings: Settings) -> Literal["systemd", "subprocess"]:

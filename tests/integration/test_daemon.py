@@ -18,7 +18,7 @@ import pytest
 
 from llmstudiod.adapters.key_file import read_keys, write_own_keys
 from llmstudiod.core.keys import Key, hash_of, write_keys
-from llmstudiod.daemon import application
+from llmstudiod.daemon import keyring
 from llmstudiod.daemon.application import Application
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
@@ -284,9 +284,9 @@ async def test_keys_that_a_reload_reads_meanwhile_count(tmp_path: Path, monkeypa
             may_go_on.wait(10)
         return found
 
-    monkeypatch.setattr(application, "read_keys", slowly)
+    monkeypatch.setattr(keyring, "read_keys", slowly)
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(app._reread_keys())
+        tasks.create_task(app.keyring.reread())
         await asyncio.to_thread(has_read.wait, 10)
         write_own_keys(keys, write_keys(()))
         reload = tasks.create_task(app.reload())
