@@ -123,7 +123,7 @@ class Daemon:
         """Ask a model something and return its answer, which is never empty."""
         with self.client() as client:
             answer = client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": "a bird"}], max_tokens=max_tokens
+                model=model, messages=[{"role": "user", "content": "a bird"}], max_tokens=max_tokens, seed=1
             )
         text = answer.choices[0].message.content
         assert text
