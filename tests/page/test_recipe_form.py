@@ -46,11 +46,17 @@ def save(page: Page, model: str = "first") -> None:
     expect(page).to_have_url(f"{page.url.split('#', maxsplit=1)[0]}#/model/{model}")
 
 
-def test_what_is_typed_while_the_text_is_made_is_in_it(signed_in: Page, daemon: RunningDaemon) -> None:
-    """The YAML says what the form said last, not what it said when somebody asked for the YAML."""
-    page = signed_in
+@pytest.fixture
+def editing(signed_in: Page, daemon: RunningDaemon) -> Page:
+    """The form of a recipe that is stored."""
     stored(daemon, "first")
-    edit(page, daemon)
+    edit(signed_in, daemon)
+    return signed_in
+
+
+def test_what_is_typed_while_the_text_is_made_is_in_it(editing: Page, daemon: RunningDaemon) -> None:
+    """The YAML says what the form said last, not what it said when somebody asked for the YAML."""
+    page = editing
     context = page.get_by_label("Context", exact=True)
     context.fill("1024")
     held = Held(page, "**/recipes/check**", method="POST")
@@ -63,11 +69,9 @@ def test_what_is_typed_while_the_text_is_made_is_in_it(signed_in: Page, daemon: 
     assert daemon.admin.get("recipes", "first")["max_model_len"] == 2048
 
 
-def test_what_is_typed_while_the_form_is_filled_is_in_it(signed_in: Page, daemon: RunningDaemon) -> None:
+def test_what_is_typed_while_the_form_is_filled_is_in_it(editing: Page, daemon: RunningDaemon) -> None:
     """The other way round."""
-    page = signed_in
-    stored(daemon, "first")
-    edit(page, daemon)
+    page = editing
     page.get_by_role("tab", name="YAML").click()
     editor = page.get_by_label("The recipe as YAML")
     text = editor.input_value()
@@ -82,11 +86,9 @@ def test_what_is_typed_while_the_form_is_filled_is_in_it(signed_in: Page, daemon
     assert daemon.admin.get("recipes", "first")["max_model_len"] == 2048
 
 
-def test_last_tab_that_was_chosen_counts(signed_in: Page, daemon: RunningDaemon) -> None:
+def test_last_tab_that_was_chosen_counts(editing: Page, daemon: RunningDaemon) -> None:
     """An answer that comes late takes nobody away from where one went meanwhile."""
-    page = signed_in
-    stored(daemon, "first")
-    edit(page, daemon)
+    page = editing
     page.get_by_label("Context", exact=True).fill("1024")
     held = Held(page, "**/recipes/check**", method="POST")
     with page.expect_request("**/recipes/check**"):
@@ -98,11 +100,9 @@ def test_last_tab_that_was_chosen_counts(signed_in: Page, daemon: RunningDaemon)
     expect(page.get_by_role("tab", name="Form")).to_have_attribute("aria-selected", "true")
 
 
-def test_kept_draft_does_not_undo_what_others_saved(signed_in: Page, daemon: RunningDaemon) -> None:
+def test_kept_draft_does_not_undo_what_others_saved(editing: Page, daemon: RunningDaemon) -> None:
     """It is told next to Discard, and Save does not write over it until somebody says so."""
-    page = signed_in
-    stored(daemon, "first")
-    edit(page, daemon)
+    page = editing
     page.get_by_label("Context", exact=True).fill("1024")
     page.get_by_role("link", name="Usage").click()
     page.get_by_role("heading", name="Usage", level=1).wait_for()
@@ -119,11 +119,9 @@ def test_kept_draft_does_not_undo_what_others_saved(signed_in: Page, daemon: Run
     assert daemon.admin.text("recipes", "first", "file").count("priority") == 0
 
 
-def test_of_two_tabs_the_second_is_told(signed_in: Page, daemon: RunningDaemon) -> None:
+def test_of_two_tabs_the_second_is_told(editing: Page, daemon: RunningDaemon) -> None:
     """Also where nobody left the form; Discard shows what is stored, which can be saved again."""
-    page = signed_in
-    stored(daemon, "first")
-    edit(page, daemon)
+    page = editing
     context = page.get_by_label("Context", exact=True)
     context.fill("1024")
     expect(page.get_by_label("Preview")).to_contain_text("1,024 tokens for each")
@@ -139,11 +137,9 @@ def test_of_two_tabs_the_second_is_told(signed_in: Page, daemon: RunningDaemon) 
     assert daemon.admin.get("recipes", "first")["max_model_len"] == 256
 
 
-def test_what_is_typed_while_it_is_saved_stays(signed_in: Page, daemon: RunningDaemon) -> None:
+def test_what_is_typed_while_it_is_saved_stays(editing: Page, daemon: RunningDaemon) -> None:
     """It is told that it is not stored yet; the next Save stores it."""
-    page = signed_in
-    stored(daemon, "first")
-    edit(page, daemon)
+    page = editing
     context = page.get_by_label("Context", exact=True)
     context.fill("1024")
     expect(page.get_by_label("Preview")).to_contain_text("1,024 tokens for each")

@@ -28,6 +28,8 @@ class Failing:
         unit: What an administrator's drop-in adds to the unit.
         signal: What the process gets, in the middle of an answer or, where that is endless, of its load.
         patch: What is changed in the model's file.
+        may_be_mute: llama-server may not write what the message must hold: 0.7.0 ends for a bad argument without
+            waiting for the thread that writes its log, and on a busy machine one run in twelve loses that line.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Failing:
     unit: str = ""
     signal: str = ""
     patch: Callable[[bytes], bytes] = bytes
+    may_be_mute: bool = False
 
     @property
     def loading(self) -> bool:
@@ -74,9 +77,8 @@ FAILURES: dict[str, Failing] = {
     ),
     "architecture": Failing("unsupported_arch", "nosuch", _tiny(fault=Fault.UNKNOWN_ARCHITECTURE)),
     "template": Failing("chat_template", "Unexpected token: }", _tiny(chat_template="{% if }")),
-    # Not "Unexpected token": of a bad argument llama-server 0.7.0 loses what its log's thread has not yet written.
     "template-file": Failing(
-        "chat_template", "the chat template cannot be used", fields={"chat_template_file": f"{MODELS}/bad.jinja"}
+        "chat_template", "Unexpected token: }", fields={"chat_template_file": f"{MODELS}/bad.jinja"}, may_be_mute=True
     ),
     # What belongs to it
     "draft": Failing("draft", f"'{MODELS}/shape.gguf'", fields={"draft_model": f"{MODELS}/shape.gguf"}),

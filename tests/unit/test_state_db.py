@@ -154,14 +154,19 @@ def test_file_that_is_removed_is_written_again(
     assert sorted(each.name for each in path.parent.iterdir() if "part" in each.name) == []
 
 
+def write_other(path: Path) -> None:
+    """Write the database beside it that will be put in its place."""
+    other = StateDb(path.with_name("other.db"))
+    other.put("learned", "a", {"kv": 1})
+    other.close()
+
+
 def test_file_that_is_replaced_counts(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Somebody has put a copy back."""
     monkeypatch.setattr(state_db, "LOOK_S", 0.0)
-    other = StateDb(path.with_name("other.db"))
-    other.put("learned", "a", {"kv": 1})
-    other.close()
+    write_other(path)
     state = StateDb(path)
     for number in range(50):  # its log of changes is left beside the file, and no part of the new one
         state.put("learned", f"old{number}", {"kv": number})
@@ -178,9 +183,7 @@ def test_replaced_file_waits_for_the_log_of_the_old_one(
 ) -> None:
     """While that cannot be removed nothing is read or written, and nobody fails."""
     monkeypatch.setattr(state_db, "LOOK_S", 0.0)
-    other = StateDb(path.with_name("other.db"))
-    other.put("learned", "a", {"kv": 1})
-    other.close()
+    write_other(path)
     state = StateDb(path)
     state.put("learned", "old", {"kv": 2})
     path.with_name("other.db").replace(path)
