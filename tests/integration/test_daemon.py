@@ -21,6 +21,7 @@ from llmstudiod.core.keys import Key, hash_of, write_keys
 from llmstudiod.daemon import keyring
 from llmstudiod.daemon.application import Application
 from llmstudiod.demo.tiny_gguf import TinyModel, write_tiny_gguf
+from llmstudiod.launchers.base import FoundUnit, Unit
 from tests.integration.running_daemon import RunningDaemon, running_daemon, wait_until
 from tests.model_zoo import ZOO, write
 
@@ -265,6 +266,31 @@ async def test_what_changes_while_the_daemon_starts_is_noticed(tmp_path: Path) -
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await watch.changed(period_s=0.01, settle_s=0.01)
+
+
+async def test_found_model_is_pinned_before_the_first_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks first may want its place."""
+    (tmp_path / "models").mkdir()
+    write_tiny_gguf(tmp_path / "models" / "tiny.gguf")
+    config = tmp_path / "llmstudiod.yaml"
+    settings = {"recipes_dir": str(tmp_path), "model_dirs": [str(tmp_path / "models")], "runtime_dir": str(tmp_path)}
+    config.write_text(json.dumps(settings | {"launcher": "subprocess"}))
+    app = Application(config, {}, clock=time.monotonic)
+    app.state.put("pins", "tiny", {"at": 1.0})
+
+    async def find() -> list[FoundUnit]:
+        return [FoundUnit(Unit("tiny", "process", os.getpid(), "run-1"), "hash")]
+
+    async def run_on(_: Unit) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(app.launcher, "find_running", find)
+    monkeypatch.setattr(app.launcher, "wait", run_on)
+    await app.take_over()
+    shown = app.supervisor.view("tiny")
+    assert shown is not None
+    assert (shown.is_resident, shown.spec.is_pinned) == (True, True)
+    await app.supervisor.leave(within_s=0)
 
 
 async def test_keys_that_a_reload_reads_meanwhile_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
