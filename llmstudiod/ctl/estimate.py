@@ -15,7 +15,7 @@ from llmstudiod.core.memory import Estimate, estimate
 from llmstudiod.core.model_shape import ModelShape, model_shape
 from llmstudiod.core.needs import ENCODER_BYTES, run_of
 from llmstudiod.core.recipe import Recipe
-from llmstudiod.core.units import format_bytes
+from llmstudiod.core.units import counted, format_bytes
 from llmstudiod.ctl import show
 from llmstudiod.ctl.client import Client
 
@@ -116,7 +116,7 @@ def _head(model: ModelFile, shape: ModelShape, context: Context) -> str:
     trained = f", trained for {shape.n_ctx_train} tokens" if shape.n_ctx_train else ""
     return (
         f"{model.header.name or model.path.stem}: {kind}{trained}, {format_bytes(model.total_bytes)}\n"
-        f"{context.n_parallel} slots of {context.n_ctx} tokens, {context.n_ctx_total} in all"
+        f"{counted(context.n_parallel, 'slot')} of {context.n_ctx} tokens, {context.n_ctx_total} in all"
     )
 
 

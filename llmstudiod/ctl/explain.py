@@ -5,7 +5,7 @@ import json
 import shlex
 from typing import Any
 
-from llmstudiod.core.units import format_bytes
+from llmstudiod.core.units import counted, format_bytes
 from llmstudiod.ctl import show
 from llmstudiod.ctl.client import Client
 
@@ -32,7 +32,7 @@ def explain_text(plan: dict[str, Any]) -> str:
     lines = [
         f"{recipe['id']}: {recipe['model_path']}",
         f"recipe: {recipe['file'] or 'none (served with defaults)'}",
-        f"context: {plan['n_parallel']} slots of {plan['n_ctx']} tokens, {plan['n_ctx_total']} in all",
+        f"context: {counted(plan['n_parallel'], 'slot')} of {plan['n_ctx']} tokens, {plan['n_ctx_total']} in all",
     ]
     place = found["place"] if found else None
     notes = [*plan["notes"], *(place["notes"] if place else [])]

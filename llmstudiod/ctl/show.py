@@ -204,7 +204,7 @@ def status_text(item: dict[str, Any]) -> str:
         field("progress", f"{item['progress']:.0%} {item['stage'] or ''}".rstrip())
     field("requests", f"{item['in_flight']} in flight, {item['queued']} waiting")
     if item["n_ctx"]:
-        field("context", f"{item['n_ctx']} tokens a request, {item['slots']} slots")
+        field("context", f"{item['n_ctx']} tokens a request, {counted(item['slots'], 'slot')}")
     told = [f"{count} {name if count != 1 else name[:-1]}" for name, count in item["totals"].items() if count]
     field("in all", ", ".join(told))
     measured, estimated = item["memory"]["measured"], item["memory"]["estimated"]

@@ -44,6 +44,7 @@ from llmstudiod.core.recipe import Fault, Severity
 from llmstudiod.core.scheduler import Scheduler
 from llmstudiod.core.settings import LoadedSettings, Settings
 from llmstudiod.core.sharing import strangers
+from llmstudiod.core.units import counted
 from llmstudiod.daemon.config_files import ConfigFiles
 from llmstudiod.daemon.keyring import Keyring
 from llmstudiod.daemon.leftovers import Leftovers
@@ -339,7 +340,11 @@ class Application:
         warnings = [warning for entry in catalogue.entries.values() for warning in entry.warnings]
         for fault in (*self.loaded.faults, *catalogue.faults, *warnings):
             logger.log(logging.WARNING if fault.severity is Severity.WARNING else logging.ERROR, "%s", fault)
-        logger.info("%d models, %d faulty recipes", len(catalogue.entries), len(catalogue.faulty()))
+        logger.info(
+            "%s, %s left out",
+            counted(len(catalogue.entries), "model"),
+            counted(len(catalogue.faulty()), "faulty recipe"),
+        )
 
     def machine(self) -> Machine:
         """Measure GPUs and RAM. Blocks; runs in a thread."""
@@ -415,7 +420,8 @@ class Application:
         views = self.supervisor.views()
         ready = [shown.id for shown in views if shown.state is State.READY]
         faults = len(self.supervisor.catalogue.faulty())
-        return f"{len(views)} models; ready: {', '.join(ready) or 'none'}" + (f"; {faults} faults" if faults else "")
+        told = f"; {counted(faults, 'fault')}" if faults else ""
+        return f"{counted(len(views), 'model')}; ready: {', '.join(ready) or 'none'}{told}"
 
 
 def _application_request(

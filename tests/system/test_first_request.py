@@ -252,12 +252,12 @@ def test_status_text_tells_what_is_ready(daemon: Daemon) -> None:
         return daemon.show(SERVICE, "StatusText")["StatusText"]
 
     daemon.systemctl("start", "llmstudiod")
-    wait_until(lambda: text() == "1 models; ready: none")
+    wait_until(lambda: text() == "1 model; ready: none")
     daemon.chat()
-    wait_until(lambda: text() == "1 models; ready: tiny")
+    wait_until(lambda: text() == "1 model; ready: tiny")
     daemon.put_recipe("id: [", file="faulty.yaml")
     daemon.systemctl("reload", "llmstudiod")
-    wait_until(lambda: text() == "1 models; ready: tiny; 1 faults")
+    wait_until(lambda: text() == "1 model; ready: tiny; 1 fault")
 
 
 def test_port_answers_throughout_a_restart(daemon: Daemon) -> None:
