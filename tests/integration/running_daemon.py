@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,9 +46,12 @@ class RunningDaemon:
 
     def reload(self) -> None:
         """Send SIGHUP, and return when the daemon has said that it read everything again."""
-        before = self.log().count(" models, ")
+        before = self._times_read()
         self.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: self.log().count(" models, ") > before)
+        wait_until(lambda: self._times_read() > before)
+
+    def _times_read(self) -> int:
+        return len(re.findall(r"\b\d+ models?, \d+ faulty recipes? left out$", self.log(), re.MULTILINE))
 
     def log(self) -> str:
         """What the daemon has logged."""
