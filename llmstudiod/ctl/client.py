@@ -19,6 +19,8 @@ DEFAULT_SOCKET = "/run/llmstudio/admin.sock"
 SOCKET_VARIABLE = "LLMSTUDIO_ADMIN_SOCKET"
 
 NOTICE_S = 3.0
+_JSON = {"Content-Type": "application/json"}
+_YAML = {"Content-Type": "application/yaml"}
 _SEE = "`systemctl status llmstudiod` and `journalctl -u llmstudiod -n 30` tell why"
 
 EXIT_CODES = {
@@ -95,21 +97,25 @@ class Client:
 
     def text(self, *parts: str) -> str:
         """Return the answer to a GET as text."""
+        return self.tagged_text(*parts)[0]
+
+    def tagged_text(self, *parts: str) -> tuple[str, str | None]:
+        """Return the answer to a GET as text, and its ETag."""
         response = self._send("GET", _path(parts), self.patience_s)
         raw = response.read()
         if response.status >= 400:
             raise AnswerError(response.status, _object(raw))
-        return raw.decode("utf-8", "replace")
+        return raw.decode("utf-8", "replace"), response.getheader("ETag")
 
-    def post_text(self, *parts: str, text: str, is_put: bool = False, query: str = "") -> Any:  # noqa: ANN401
-        """Return the answer to a POST, or a PUT, of YAML."""
-        return self._ask(
-            "PUT" if is_put else "POST",
-            _path(parts) + (f"?{query}" if query else ""),
-            self.patience_s,
-            text.encode(),
-            "application/yaml",
-        )
+    def post_text(self, *parts: str, text: str, query: str = "") -> Any:  # noqa: ANN401
+        """Return the answer to a POST of YAML."""
+        path = _path(parts) + (f"?{query}" if query else "")
+        return self._ask("POST", path, self.patience_s, text.encode(), _YAML)
+
+    def put_text(self, *parts: str, text: str, tag: str | None) -> Any:  # noqa: ANN401
+        """Return the answer to a PUT of YAML, which takes the place of the text with this ETag only."""
+        match = {} if tag is None else {"If-Match": tag}
+        return self._ask("PUT", _path(parts), self.patience_s, text.encode(), _YAML | match)
 
     def delete(self, *parts: str) -> Any:  # noqa: ANN401
         """Return the answer to a DELETE."""
@@ -126,7 +132,8 @@ class Client:
             DaemonUnreachableError: There is none.
         """
         headers = {} if last_id is None else {"Last-Event-ID": last_id}
-        response = self._send("GET", _path(parts) + (f"?{query}" if query else ""), self.patience_s, headers=headers)
+        path = _path(parts) + (f"?{query}" if query else "")
+        response = self._send("GET", path, self.patience_s, headers=headers, is_stream=True)
         if response.status >= 400:
             raise AnswerError(response.status, _object(response.read()))
         return _events(response)
@@ -137,9 +144,9 @@ class Client:
         path: str,
         timeout_s: float | None,
         body: bytes | None = None,
-        kind: str = "application/json",
+        headers: Mapping[str, str] = _JSON,
     ) -> Any:  # noqa: ANN401
-        response = self._send(method, path, timeout_s, body, kind)
+        response = self._send(method, path, timeout_s, body, headers)
         try:
             answer = json.loads(response.read() or b"null")
         except (OSError, http.client.HTTPException) as error:
@@ -156,16 +163,16 @@ class Client:
         path: str,
         timeout_s: float | None,
         body: bytes | None = None,
-        kind: str = "application/json",
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] = _JSON,
+        *,
+        is_stream: bool = False,
     ) -> http.client.HTTPResponse:
         if timeout_s is None:  # what may take for ever is asked of a daemon that answers
             self._send("GET", "/health", self.patience_s).read()
         connection = _UnixConnection(self.socket_path, timeout_s)
-        told = {} if body is None else {"Content-Type": kind}
         try:
             with contextlib.nullcontext() if timeout_s is None else _notice():
-                connection.request(method, path, body, told | dict(headers or {}))
+                connection.request(method, path, body, dict(headers))
                 response = connection.getresponse()
         except TimeoutError as error:
             raise DaemonUnreachableError(
@@ -184,7 +191,7 @@ class Client:
                 f"cannot reach the daemon at {self.socket_path}: {reason_of(error)}",
                 hint=f"{hint}, or name another socket with --socket or {SOCKET_VARIABLE}",
             ) from error
-        if connection.sock is not None and headers is not None:
+        if connection.sock is not None and is_stream:
             connection.sock.settimeout(None)  # a stream may be silent for as long as nothing happens
         return response
 

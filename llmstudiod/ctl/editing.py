@@ -45,7 +45,7 @@ def edit_recipe(
     with _draft(model, text) as file:
         while True:
             _run_editor(str(file))
-            changed = file.read_text("utf-8")
+            changed = read_text(file)
             if changed == text and may_stay:
                 print("nothing was changed", file=sys.stderr)
                 if as_json:
@@ -70,6 +70,21 @@ def tell_faults(faults: list[dict[str, Any]]) -> None:
         print(f"{place}{word}{key}{fault['message']}", file=sys.stderr)
         if fault["hint"]:
             print(f"    hint: {fault['hint']}", file=sys.stderr)
+
+
+def read_text(file: Path) -> str:
+    """Return what a file says.
+
+    Raises:
+        EditorError: It cannot be read, or is no UTF-8.
+    """
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise EditorError(f"'{file}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        found = f"0x{error.object[error.start]:02x} at byte {error.start}"
+        raise EditorError(f"'{file}': expected text in UTF-8, found {found}") from error
 
 
 def write_in_place(file: Path, text: str) -> None:

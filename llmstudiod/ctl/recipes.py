@@ -9,10 +9,10 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
-from llmstudiod.core.errors import AccessDeniedError, BadRequestError, ConfigError, ConflictError
+from llmstudiod.core.errors import AccessDeniedError, BadRequestError, ConfigError, ConflictError, StaleError
 from llmstudiod.core.strict import BY_HAND
 from llmstudiod.ctl.client import AnswerError, Client
-from llmstudiod.ctl.editing import edit_recipe, tell_faults, write_in_place
+from llmstudiod.ctl.editing import edit_recipe, read_text, tell_faults, write_in_place
 
 _FILES = frozenset({"model_path", "draft_model", "mmproj", "chat_template_file"})
 
@@ -38,12 +38,12 @@ def edit(client: Client, arguments: argparse.Namespace) -> int:
     """Open a recipe in the editor, and store what was made of it once it is good."""
     model, file = _found(client, arguments.model)
     if file is not None and os.access(file, os.W_OK):  # whoever may write it keeps its other recipes
-        return _edit(client, model, Path(file).read_text("utf-8"), as_json=arguments.json, own=Path(file))
-    text = client.text("recipes", model, "file")
+        return _edit(client, model, read_text(Path(file)), as_json=arguments.json, own=Path(file))
+    text, tag = client.tagged_text("recipes", model, "file")
     if client.post_text("recipes", "check", text=text, query=f"id={quote(model)}")["by_hand"]:
         hint = f"`sudo llmstudioctl recipe edit {model}` edits it as root"
         raise AccessDeniedError(f"'{file}' {BY_HAND}", hint=hint)  # before somebody has made a change in vain
-    return _edit(client, model, text, as_json=arguments.json)
+    return _edit(client, model, text, as_json=arguments.json, tag=tag)
 
 
 def show(client: Client, arguments: argparse.Namespace) -> int:
@@ -115,17 +115,33 @@ def _save_made(client: Client, recipe: dict[str, Any], checked: dict[str, Any], 
 
 
 def _edit(
-    client: Client, model: str, text: str, *, as_json: bool, is_new: bool = False, own: Path | None = None
+    client: Client,
+    model: str,
+    text: str,
+    *,
+    as_json: bool,
+    is_new: bool = False,
+    own: Path | None = None,
+    tag: str | None = None,
 ) -> int:
+    again = f"`llmstudioctl recipe edit {model}` shows what it says now"
+
     def store(changed: str, checked: dict[str, Any]) -> None:
-        if own is None:
-            ways = ("recipes",) if is_new else ("recipes", model)
-            _saved(client.post_text(*ways, text=changed, is_put=not is_new), checked, as_json=as_json)
-            return
-        write_in_place(own, changed)
-        client.post("reload")
-        _tell_check(checked)
-        print(json.dumps({"success": True, "id": model}) if as_json else f"{own} is written, and in force")
+        if is_new:
+            _saved(client.post_text("recipes", text=changed), checked, as_json=as_json)
+        elif own is None:
+            try:
+                answer = client.put_text("recipes", model, text=changed, tag=tag)
+            except AnswerError as error:
+                raise error.with_hint(again) if error.answer_kind == "stale" else error from None
+            _saved(answer, checked, as_json=as_json)
+        else:
+            if not own.exists() or read_text(own) != text:
+                raise StaleError(f"'{own}' was changed meanwhile", hint=again)
+            write_in_place(own, changed)
+            client.post("reload")
+            _tell_check(checked)
+            print(json.dumps({"success": True, "id": model}) if as_json else f"{own} is written, and in force")
 
     return edit_recipe(client, model, text, store, may_stay=not is_new, is_trusted=own is not None, as_json=as_json)
 

@@ -207,6 +207,38 @@ def test_edit_keeps_what_people_wrote(daemon: RunningDaemon, tmp_path: Path) -> 
     assert json.loads(daemon.ctl("recipe", "show", "hand", "--json").stdout)["max_model_len"] == 384
 
 
+@pytest.mark.parametrize("change", ["echo '# by another' >> {file}", "rm {file}"])
+def test_edit_does_not_write_over_what_others_wrote(daemon: RunningDaemon, tmp_path: Path, change: str) -> None:
+    """A file that was changed while the editor was open stays; so does what was written there."""
+    file = daemon.home / "recipes.d" / "hand.yaml"
+    env = editor(tmp_path, f"sed -i s/512/384/ $1; {change.format(file=file)}")
+    done = ctl(daemon, "recipe", "edit", "hand", env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"llmstudioctl: '{file}' was changed meanwhile\nhint: `llmstudioctl recipe edit hand`" in done.stderr
+    kept = Path(re.search(r"what you wrote is kept in (\S+)", done.stderr)[1])  # type: ignore[index]
+    assert "max_model_len: 384" in kept.read_text()
+    kept.unlink()
+    assert not file.exists() or "# by another" in file.read_text()
+    assert not file.exists() or "max_model_len: 384" not in file.read_text()
+
+
+def test_text_that_is_no_text_is_told(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Before the editor opens, and after; a file that an editor removed too."""
+    file = daemon.home / "recipes.d" / "hand.yaml"
+    written = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, r"printf '# \374\n' >> $1"))
+    assert (written.returncode, "Traceback" in written.stderr) == (1, False)
+    assert re.search(r"hand\.yaml': expected text in UTF-8, found 0xfc at byte \d+\n", written.stderr)
+    Path(re.search(r"kept in (\S+)", written.stderr)[1]).unlink()  # type: ignore[index]
+    removed = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, "rm $1"))
+    assert (removed.returncode, "cannot be read: No such file" in removed.stderr) == (1, True)
+    file.write_bytes(b"# \xfc\n" + file.read_bytes())
+    shown = ctl(daemon, "recipe", "edit", "hand", env=editor(tmp_path, "true"))
+    assert (shown.returncode, shown.stderr) == (
+        1,
+        f"llmstudioctl: '{file}': expected text in UTF-8, found 0xfc at byte 2\n",
+    )
+
+
 def test_edit_of_a_fault_is_refused_at_its_line(daemon: RunningDaemon, tmp_path: Path) -> None:
     """The old recipe stays, and so does the file."""
     before = (daemon.home / "recipes.d" / "hand.yaml").read_text()
@@ -287,7 +319,7 @@ def test_faulty_recipe_of_ours_is_mended_and_deleted(daemon: RunningDaemon) -> N
         file.write_text(f"{MARK}{digest(body.encode())}\n{body}")
         daemon.ctl("reload")
         assert daemon.ctl("recipe", "show", "odd").stdout == body
-        daemon.admin.post_text("recipes", "odd", text=text, is_put=True)
+        daemon.admin.put_text("recipes", "odd", text=text, tag=None)
         assert daemon.state("odd") == "stopped"
         assert sorted(path.name for path in file.parent.iterdir()) == ["another.yaml", "hand.yaml"]
         assert daemon.ctl("recipe", "delete", "odd").returncode == 0

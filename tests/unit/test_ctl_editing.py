@@ -30,17 +30,17 @@ class _Daemon(Client):
             raise AnswerError(404, {"detail": "no such model", "kind": "model_not_found"})
         return {"id": "a", "file": "/nowhere/a.yaml"}
 
-    def text(self, *parts: str) -> str:
+    def tagged_text(self, *parts: str) -> tuple[str, str | None]:
         """Return its file."""
-        return TEXT
+        return TEXT, '"seen"'
 
     def post(self, *parts: str, query: str = "", body: object = None, timeout_s: float | None = None) -> Any:
         """Check values."""
         return {"yaml": TEXT}
 
-    def post_text(self, *parts: str, text: str, is_put: bool = False, query: str = "") -> Any:
+    def post_text(self, *parts: str, text: str, query: str = "") -> Any:
         """Check a text; it is never stored."""
-        assert (parts, is_put, query) == (("recipes", "check"), False, "id=a")
+        assert (parts, query) == (("recipes", "check"), "id=a")
         fault = {"key": "model_path", "message": "lies outside", "hint": None, "severity": "fault", "line": 2}
         return {"ok": False, "faults": [fault], "by_hand": self.is_by_hand}
 
@@ -78,13 +78,34 @@ def test_editor_does_not_open_for_a_persons_file(opened: Path) -> None:
     assert not opened.exists()
 
 
+def test_recipe_that_was_changed_meanwhile_is_not_written_over(
+    opened: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the editor showed is what may be replaced; what was written stays, and the next step is told."""
+
+    class Changed(_Daemon):
+        def post_text(self, *parts: str, text: str, query: str = "") -> Any:
+            return {"ok": True, "faults": [], "by_hand": False, "error": None}
+
+        def put_text(self, *parts: str, text: str, tag: str | None) -> Any:
+            assert (parts, text, tag) == (("recipes", "a"), TEXT + "priority: 5\n", '"seen"')
+            raise AnswerError(412, {"detail": "it was changed meanwhile", "kind": "stale", "hint": "If-Match"})
+
+    (tmp_path / "editor").write_text('#!/bin/sh\necho "priority: 5" >> "$1"\n')
+    with pytest.raises(AnswerError, match="was changed meanwhile") as refused:
+        recipes.edit(Changed("/nowhere"), argparse.Namespace(model="a", json=False))
+    assert refused.value.hint == "`llmstudioctl recipe edit a` shows what it says now"
+    kept = Path(capsys.readouterr().err.removeprefix("what you wrote is kept in ").strip())
+    assert kept.read_text() == TEXT + "priority: 5\n"
+
+
 @pytest.mark.parametrize("model", ["a/b", "x" * 300, "ü" * 200, "../a"])
 def test_any_id_has_a_draft(opened: Path, model: str) -> None:
     """The check says what is wrong with an id, not the name of a file."""
     values = {"file": "/elsewhere/a.gguf", "id": model, "set": None, "edit": True, "force": False, "json": True}
 
     class New(_Daemon):
-        def post_text(self, *parts: str, text: str, is_put: bool = False, query: str = "") -> Any:
+        def post_text(self, *parts: str, text: str, query: str = "") -> Any:
             return {"ok": True, "faults": [], "id": model, "error": None}
 
     assert recipes.new(New("/nowhere"), argparse.Namespace(**values)) == 0
