@@ -67,7 +67,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
   let rest = {};        // what the form has no field for stays as it is
   let isNamed = !isNew; // the id was typed, or is fixed
   let number = 0;
-  let isSaving = false;
+  let isSaving = false, isGone = false;
   let turns = 0;        // which change of tabs is the last
 
   const fields = new Map();
@@ -353,11 +353,16 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
     }
   }
 
+  /** Go where an answer leads, unless somebody went elsewhere while it was waited for. */
+  function moveTo(where) {
+    if (!isGone) location.hash = where;
+  }
+
   function leave(saved) {
     drafts.delete(key);
     clean = null;
     note(`The recipe of ${saved} is saved`);
-    location.hash = `#/model/${encodeURIComponent(saved)}`;
+    moveTo(`#/model/${encodeURIComponent(saved)}`);
   }
 
   /** Stay with what was typed while it was saved; one that was new is a recipe now, which has its own place. */
@@ -370,7 +375,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
     drafts.delete(key);
     drafts.set(`${saved}?`, { ...draft, values: { ...draft.values, id: saved }, isNamed: true });
     clean = null;
-    location.hash = `#/recipe/${encodeURIComponent(saved)}`;
+    moveTo(`#/recipe/${encodeURIComponent(saved)}`);
   }
 
   async function remove(control) {
@@ -379,7 +384,7 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
     drafts.delete(key);
     clean = null;
     note(`The recipe of ${id} is removed`);
-    location.hash = "#/";
+    moveTo("#/");
   }
 
   function restore(draft) {
@@ -419,5 +424,5 @@ function form(main, { key, id, isFile, recipe, text: ownText, tag: ownTag, again
   });
   window.addEventListener("beforeunload", warn);
   check();
-  return () => { ending(); window.removeEventListener("beforeunload", warn); number += 1; turns += 1; };
+  return () => { ending(); window.removeEventListener("beforeunload", warn); number += 1; turns += 1; isGone = true; };
 }

@@ -156,6 +156,24 @@ def test_what_is_typed_while_it_is_saved_stays(editing: Page, daemon: RunningDae
     assert daemon.admin.get("recipes", "first")["max_model_len"] == 2048
 
 
+def test_who_left_while_it_was_saved_stays_there(editing: Page, daemon: RunningDaemon) -> None:
+    """It is told that it was saved; the place that one chose meanwhile is kept, and nothing waits in the form."""
+    page = editing
+    page.get_by_label("Context", exact=True).fill("1024")
+    expect(page.get_by_label("Preview")).to_contain_text("1,024 tokens for each")
+    held = Held(page, "**/recipes/first", method="PUT")
+    with page.expect_request("**/recipes/first"):
+        page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_role("link", name="Usage").click()
+    page.get_by_role("heading", name="Usage", level=1).wait_for()
+    held.release()
+    expect(page.locator(".note")).to_contain_text("The recipe of first is saved")
+    assert page.url.endswith("#/usage")
+    edit(page, daemon)
+    expect(page.get_by_label("Context", exact=True)).to_have_value("1024")
+    expect(page.get_by_text("Unsaved changes were kept")).to_be_hidden()
+
+
 def test_what_is_typed_while_a_new_one_is_saved_stays(signed_in: Page, daemon: RunningDaemon) -> None:
     """It is a change of the recipe that was made."""
     page = signed_in
