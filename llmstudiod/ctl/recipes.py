@@ -26,8 +26,12 @@ def new(client: Client, arguments: argparse.Namespace) -> int:
     _refuse_existing(client, str(values["id"]))
     checked = client.post("recipes", "check", body=values)
     if arguments.edit:
-        text = checked["yaml"] or json.dumps(values)
-        return _edit(client, str(values["id"]), text, is_new=True, as_json=arguments.json)
+
+        def store(changed: str, told: dict[str, Any]) -> None:
+            _saved(client.post_text("recipes", text=changed), told, as_json=arguments.json)
+
+        model, text = str(values["id"]), checked["yaml"] or json.dumps(values)
+        return edit_recipe(client, model, text, store, may_stay=False, is_trusted=False, as_json=arguments.json)
     _refuse_faults(checked)
     if not arguments.force and (error := checked["error"]) and error.get("failure"):
         raise ConfigError(error["detail"], hint="--force stores the recipe all the same, for a file that is to come")
@@ -38,12 +42,20 @@ def edit(client: Client, arguments: argparse.Namespace) -> int:
     """Open a recipe in the editor, and store what was made of it once it is good."""
     model, file = _found(client, arguments.model)
     if file is not None and os.access(file, os.W_OK):  # whoever may write it keeps its other recipes
-        return _edit(client, model, read_text(Path(file)), as_json=arguments.json, own=Path(file))
+        return _edit_file(client, model, Path(file), as_json=arguments.json)
     text, tag = client.tagged_text("recipes", model, "file")
     if client.post_text("recipes", "check", text=text, query=f"id={quote(model)}")["by_hand"]:
         hint = f"`sudo llmstudioctl recipe edit {model}` edits it as root"
         raise AccessDeniedError(f"'{file}' {BY_HAND}", hint=hint)  # before somebody has made a change in vain
-    return _edit(client, model, text, as_json=arguments.json, tag=tag)
+
+    def store(changed: str, checked: dict[str, Any]) -> None:
+        try:
+            answer = client.put_text("recipes", model, text=changed, tag=tag)
+        except AnswerError as error:
+            raise error.with_hint(_anew(model)) if error.answer_kind == "stale" else error from None
+        _saved(answer, checked, as_json=arguments.json)
+
+    return edit_recipe(client, model, text, store, may_stay=True, is_trusted=False, as_json=arguments.json)
 
 
 def show(client: Client, arguments: argparse.Namespace) -> int:
@@ -114,36 +126,23 @@ def _save_made(client: Client, recipe: dict[str, Any], checked: dict[str, Any], 
     raise ConfigError(str(told), hint=hint, details={"faults": checked["faults"]}) from told
 
 
-def _edit(
-    client: Client,
-    model: str,
-    text: str,
-    *,
-    as_json: bool,
-    is_new: bool = False,
-    own: Path | None = None,
-    tag: str | None = None,
-) -> int:
-    again = f"`llmstudioctl recipe edit {model}` shows what it says now"
+def _edit_file(client: Client, model: str, file: Path, *, as_json: bool) -> int:
+    """Have a file edited that the caller may write, with whatever else it holds."""
+    text = read_text(file)
 
     def store(changed: str, checked: dict[str, Any]) -> None:
-        if is_new:
-            _saved(client.post_text("recipes", text=changed), checked, as_json=as_json)
-        elif own is None:
-            try:
-                answer = client.put_text("recipes", model, text=changed, tag=tag)
-            except AnswerError as error:
-                raise error.with_hint(again) if error.answer_kind == "stale" else error from None
-            _saved(answer, checked, as_json=as_json)
-        else:
-            if not own.exists() or read_text(own) != text:
-                raise StaleError(f"'{own}' was changed meanwhile", hint=again)
-            write_in_place(own, changed)
-            client.post("reload")
-            _tell_check(checked)
-            print(json.dumps({"success": True, "id": model}) if as_json else f"{own} is written, and in force")
+        if not file.exists() or read_text(file) != text:
+            raise StaleError(f"'{file}' was changed meanwhile", hint=_anew(model))
+        write_in_place(file, changed)
+        client.post("reload")
+        _tell_check(checked)
+        print(json.dumps({"success": True, "id": model}) if as_json else f"{file} is written, and in force")
 
-    return edit_recipe(client, model, text, store, may_stay=not is_new, is_trusted=own is not None, as_json=as_json)
+    return edit_recipe(client, model, text, store, may_stay=True, is_trusted=True, as_json=as_json)
+
+
+def _anew(model: str) -> str:
+    return f"`llmstudioctl recipe edit {model}` shows what it says now"
 
 
 def _found(client: Client, name: str) -> tuple[str, str | None]:
