@@ -143,6 +143,7 @@ class Application:
         )
         self.supervisor.observe(self._events.observe)
         self._model_files: Files = self.model_files(settings)
+        self.keyring.read()
         self._put_in_force(load_catalogue(settings, self.files.found.recipes))
         self._servers: list[asyncio.Server] = []
         self._endpoint: EndpointServer | None = None
@@ -315,6 +316,7 @@ class Application:
 
     async def _reload(self) -> None:
         await asyncio.to_thread(self.files.reread)
+        await asyncio.to_thread(self.keyring.read)
         settings, recipes = self.loaded.settings, self.files.found.recipes
         self.planner.use_settings(settings)
         self.usage.keep_s = settings.usage_keep
@@ -333,7 +335,6 @@ class Application:
 
     def _put_in_force(self, catalogue: Catalogue) -> None:
         settings = self.loaded.settings
-        self.keyring.read()
         self.supervisor.use_catalogue(catalogue, lifecycle_defaults(settings), max_instances=settings.max_instances)
         for group, member in strangers(settings.groups, catalogue.entries):
             logger.warning("groups: %s: there is no model '%s'", group, member)
