@@ -274,27 +274,56 @@ def test_keys_that_systemd_hands_over_are_not_ours_to_write(daemon: Daemon) -> N
         daemon.systemctl("daemon-reload")
 
 
-def test_group_of_administrators_administers(daemon: Daemon) -> None:
-    """Without being root; other users may not, unless the status is open, and then they may only look."""
-    host = daemon.host
-    host.run("sh", "-c", "id bob 2>/dev/null || useradd bob; id eve 2>/dev/null || useradd eve")
-    host.run("usermod", "-aG", "llmstudio-admin", "bob")
+def ctl_as(daemon: Daemon, user: str, *words: str, editor: str = "") -> tuple[int, str]:
+    """Run llmstudioctl as another user, of the groups of that user; return its exit code and what it said."""
+    argv = ("setpriv", "--reuid", user, "--regid", user, "--init-groups", "llmstudioctl", *words)
+    done = daemon.host.run(*argv, check=False, env={"EDITOR": editor} if editor else None)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def bob(daemon: Daemon) -> str:
+    """A user who administers the models, and is not root."""
+    daemon.host.run("sh", "-c", "id bob 2>/dev/null || useradd bob; usermod -aG llmstudio-admin bob")
     daemon.listen()
+    return "bob"
 
-    def ctl_as(user: str, *words: str) -> tuple[int, str]:
-        done = host.run(
-            "setpriv", "--reuid", user, "--regid", user, "--init-groups", "llmstudioctl", *words, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
 
-    assert ctl_as("bob", "load", "tiny")[0] == 0
-    code, output = ctl_as("eve", "status")
+def test_group_of_administrators_administers(daemon: Daemon, bob: str) -> None:
+    """Without being root; other users may not, unless the status is open, and then they may only look."""
+    daemon.host.run("sh", "-c", "id eve 2>/dev/null || useradd eve")
+    assert ctl_as(daemon, bob, "load", "tiny")[0] == 0
+    code, output = ctl_as(daemon, "eve", "status")
     assert (code, "llmstudio-admin" in output) == (5, True)
     daemon.use_settings(open_status=True)
     daemon.systemctl("reload", SERVICE)
-    assert ctl_as("eve", "list")[0] == 0
-    assert ctl_as("eve", "unload", "tiny")[0] == 5
+    assert ctl_as(daemon, "eve", "list")[0] == 0
+    assert ctl_as(daemon, "eve", "unload", "tiny")[0] == 5
     assert daemon.status("tiny")["state"] == "ready"
+
+
+def test_member_edits_what_the_daemon_wrote(daemon: Daemon, bob: str) -> None:
+    """By the daemon, for the file is root's; what was changed meanwhile, or written by hand, stays."""
+    recipe = "/srv/recipe-of-bob"
+    assert ctl_as(daemon, bob, "recipe", "new", f"{MODELS}/tiny.gguf", "--id", "mine")[0] == 0
+    daemon.host.write(f"{recipe}/two", '#!/bin/sh\necho "priority: 2" >> "$1"\n', mode=0o755)
+    during = f"EDITOR={recipe}/two llmstudioctl recipe edit mine"
+    daemon.host.write(f"{recipe}/one", f'#!/bin/sh\n{during}\necho "max_queue: 3" >> "$1"\n', mode=0o755)
+    code, told = ctl_as(daemon, bob, "recipe", "edit", "mine", editor=f"{recipe}/one")
+    assert (code, "the recipe 'mine' was changed meanwhile" in told) == (2, True), told
+    assert "`llmstudioctl recipe edit mine` shows what it says now" in told
+    kept = re.search(r"what you wrote is kept in (\S+)", told)
+    assert kept
+    assert "max_queue: 3" in daemon.host.run("cat", kept[1]).stdout
+    text = daemon.host.run("cat", f"{RECIPES}/mine.yaml").stdout
+    assert ("priority: 2" in text, "max_queue" in text) == (True, False)
+    assert daemon.host.run("stat", "-c", "%U", f"{RECIPES}/mine.yaml").stdout.strip() == "root"
+
+    daemon.put_recipe(f"# by hand\n{text}", file="mine.yaml")
+    daemon.systemctl("reload", SERVICE)
+    code, told = ctl_as(daemon, bob, "recipe", "edit", "mine", editor=f"{recipe}/one")
+    assert (code, "was written by hand" in told, "sudo llmstudioctl recipe edit mine" in told) == (5, True, True)
+    assert "kept in" not in told
 
 
 def test_listener_for_others_needs_a_key(daemon: Daemon) -> None:
