@@ -46,7 +46,7 @@ LOG_LINES, LOG_TRIES, LOG_LAG_S = 1000, 4, 0.5  # a load writes some fifty, and 
 BUSY_LOOK_S, IDLE_LOOK_S, SOON_S = 5.0, 15.0, 1.0
 TOKEN_S, KEPT_WITHIN_S = 30.0, 0.5
 STOP_PAUSES_S = (0.5, 2.0, 0.0)
-HUNG_HINT = "it is started anew; its log and `dmesg` may tell why"
+HUNG_HINT = "a request starts it anew, where its recipe lets it; its log and `dmesg` may tell why"
 INTERNAL = Failure("internal", "an internal error, see the daemon's log")
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]

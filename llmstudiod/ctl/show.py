@@ -236,5 +236,8 @@ def _about_failure(item: dict[str, Any]) -> list[tuple[str, str]]:
     again = f"`llmstudioctl reset {item['id']}` lets requests start it at once"
     if item["retry_at"] is None:
         return [("next try", f"none (restart: never); {again}")]
-    told = [("next try", f"{clock(item['retry_at'])}, or `llmstudioctl load {item['id']}` now")]
+    load = f"`llmstudioctl load {item['id']}` now"
+    if item["retry_at"] <= time.time():
+        return [("next try", f"with the next request, or {load}")]
+    told = [("next try", f"{clock(item['retry_at'])}, or {load}")]
     return [*told, ("failures", f"as many as restart_limit allows; {again}")] if item["is_exhausted"] else told

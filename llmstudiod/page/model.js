@@ -17,6 +17,11 @@ function reachView(id) {
   return [h("dl", { class: "facts" }, line("Base URL", base), line("Model", id)), code("curl", curl), code("Python", python)];
 }
 
+function nextTry({ retry_at, is_exhausted }) {
+  if (retry_at <= Date.now() / 1000) return "The next request starts it again.";
+  return `It may be started again ${is_exhausted ? "by itself only after" : "at"} ${clock(retry_at)}.`;
+}
+
 export function show(main, { id }) {
   const title = h("h1", {}, id);
   const under = h("p", { class: "quiet" });
@@ -87,7 +92,7 @@ export function show(main, { id }) {
     const hasFailed = isRefused(whole) || whole.state === "failed";
     put(why,
       hasFailed && h("div", { class: "why" }, h("p", {}, h("strong", {}, whole.reason)), whole.hint && h("p", {}, whole.hint),
-        whole.retry_at && h("p", { class: "quiet" }, `It may be started again ${whole.is_exhausted ? "by itself only after" : "at"} ${clock(whole.retry_at)}.`),
+        whole.retry_at && h("p", { class: "quiet" }, nextTry(whole)),
         whole.last_lines.length > 0 && h("details", { open: true }, h("summary", {}, "Its last lines"), h("pre", { tabindex: 0 }, whole.last_lines.join("\n")))),
       [...whole.alerts, ...whole.warnings].length > 0 && h("div", { class: "why warn" }, [...whole.alerts, ...whole.warnings].map((text) => h("p", {}, text))));
     put(story, [...whole.story].reverse().slice(0, 30).map((step) =>

@@ -184,6 +184,9 @@ def test_failure_is_explained(signed_in: Page, shot: Shot) -> None:
     expect(page.locator(".why:visible")).to_contain_text("check the path")
     page.get_by_role("link", name="gone", exact=True).click()
     expect(page.locator("ol.story")).to_contain_text("does not exist")
+    expect(page.locator(".why")).to_contain_text(
+        re.compile(r"The next request starts it again\.|It may be started again at ")
+    )
     shot("failed")
     page.get_by_role("button", name="Reset").click()
     expect(page.locator("main .head .state")).to_contain_text("stopped")
